@@ -1,0 +1,147 @@
+"""Every error raymill raises, as one tree; the HTTP code sits on the class.
+
+    RaymillError                500  base of all
+    ├── SpecError               422  the pipeline file or cluster.toml is wrong
+    ├── ContractError           422  rows do not fit the declared source (a whole batch, not single rows)
+    ├── RequestError            400  a request that can not be read
+    │   ├── UnknownEntity       422  a required entity was never seen
+    │   ├── UnknownModel        404
+    │   ├── UnknownVersion      404
+    │   ├── UnknownPrediction   404
+    │   └── TooLarge            413
+    ├── Overloaded              429  the queue is full: come again
+    ├── Unavailable             503  the endpoint or actor is not there (yet): come again
+    ├── Conflict                409  the state does not allow it (promote what is live, a run that is running)
+    ├── LeaseError              503  the pool can not grant it
+    ├── TrainingError           500  the gang failed for good
+    ├── ModelError              500  a model can not be loaded or answers nonsense
+    ├── StoreError              500  lake, online store, ledger or registry are damaged or unreachable
+    └── ClusterError            500  a node, port, disk or memory problem of this machine
+
+Each takes exactly one string: an exception with more constructor arguments and no `__reduce__` comes back
+from a Ray actor as `UnserializableException`, which no `except` of a caller matches. The message says what
+happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class RaymillError(Exception):
+    """Base of every error raymill raises on purpose."""
+
+    http_status = 500
+    remedy = "see `raymill doctor`"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    @property
+    def message(self) -> str:
+        """What happened, where, and what to do."""
+        return str(self.args[0])
+
+    @property
+    def code(self) -> str:
+        """The error's name on the wire, e.g. `unknown_model`."""
+        name = type(self).__name__
+        return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+class SpecError(RaymillError):
+    """The pipeline file or `cluster.toml` is wrong; nothing was started."""
+
+    http_status = 422
+    remedy = "mend the file; `raymill plan` checks it without starting anything"
+
+
+class ContractError(RaymillError):
+    """A batch does not fit its declared source: a missing column, a wrong type, rows that are too old."""
+
+    http_status = 422
+    remedy = "send the columns and types that the source declares"
+
+
+class RequestError(RaymillError):
+    """A request that can not be read or does not fit the model."""
+
+    http_status = 400
+    remedy = "see the request's form in the README"
+
+
+class UnknownEntity(RequestError):
+    """An entity of a view marked `required` was never seen."""
+
+    http_status = 422
+    remedy = "check the entity's spelling, or ingest its rows first"
+
+
+class UnknownModel(RequestError):
+    """No model of that name is served."""
+
+    http_status = 404
+    remedy = "`raymill models` lists them"
+
+
+class UnknownVersion(RequestError):
+    """The model has no such version."""
+
+    http_status = 404
+    remedy = "`raymill models` lists them"
+
+
+class UnknownPrediction(RequestError):
+    """No prediction with that id was logged."""
+
+    http_status = 404
+    remedy = "take the id from an answer of `/predict`"
+
+
+class TooLarge(RequestError):
+    """The body or the batch is larger than the endpoint takes."""
+
+    http_status = 413
+    remedy = "split the rows over several requests"
+
+
+class Overloaded(RaymillError):
+    """The replica's queue is full."""
+
+    http_status = 429
+    remedy = "come again in a moment, with the same ids"
+
+
+class Unavailable(RaymillError):
+    """The endpoint or actor is not there (yet)."""
+
+    http_status = 503
+    remedy = "come again in a moment; `raymill status` says what runs"
+
+
+class Conflict(RaymillError):
+    """The present state does not allow it."""
+
+    http_status = 409
+    remedy = "`raymill status` and `raymill models` show the present state"
+
+
+class LeaseError(RaymillError):
+    """The pool can not grant the lease."""
+
+    http_status = 503
+    remedy = "`raymill status` shows the queue and the reason"
+
+
+class TrainingError(RaymillError):
+    """The gang failed for good: fewer than `min_ranks` are left, or the loss is not finite."""
+
+
+class ModelError(RaymillError):
+    """A model can not be loaded, exported or run."""
+
+
+class StoreError(RaymillError):
+    """The lake, the online store, the ledger or the registry is damaged or unreachable."""
+
+
+class ClusterError(RaymillError):
+    """A node, port, disk or memory problem of this machine."""

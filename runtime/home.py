@@ -1,0 +1,65 @@
+"""Where a cluster's state lives: the folders under `RAYMILL_HOME`, and the one place that reads that variable.
+
+Only processes on the head's host open what is here; ranks and replicas elsewhere get bytes by the object store.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+HOME_VARIABLE = "RAYMILL_HOME"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folders of one RAYMILL_HOME; nothing is created until somebody writes."""
+
+    root: Path
+
+    @property
+    def lake(self) -> Path:
+        """Delta tables: sources, predictions, quarantine."""
+        return self.root / "lake"
+
+    @property
+    def online(self) -> Path:
+        """The online feature store."""
+        return self.root / "online"
+
+    @property
+    def models(self) -> Path:
+        """Exported programs and checkpoints, named by content hash."""
+        return self.root / "models"
+
+    @property
+    def record(self) -> Path:
+        """SQLite database of ledger and registry."""
+        return self.root / "record.db"
+
+    @property
+    def spool(self) -> Path:
+        """Predictions that were answered and are not in the lake yet."""
+        return self.root / "spool"
+
+    @property
+    def runs(self) -> Path:
+        """One folder a run: report.html, summary.json, spec.json, loop.json."""
+        return self.root / "runs"
+
+    @property
+    def cluster(self) -> Path:
+        """What `raymill up` started: state.json, node table, generated files, logs."""
+        return self.root / "cluster"
+
+    @property
+    def kernels(self) -> Path:
+        """Compiled kernels (a cache: may be deleted)."""
+        return self.root / "kernels"
+
+
+def current_home() -> Home:
+    """The home that `raymill up` fixed for this cluster, else `.raymill/` of the working directory."""
+    given = os.environ.get(HOME_VARIABLE)
+    return Home(Path(given).expanduser().resolve() if given else Path.cwd() / ".raymill")

@@ -1,0 +1,378 @@
+"""What a user declares in a pipeline file: plain frozen values, checked where they are written.
+
+Imports nothing heavy, so that a wrong file fails in milliseconds, before anything starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from raymill.runtime.expressions import Column, Expr, digest, duration_us
+
+_VALUE = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+
+DType = Literal["string", "int64", "float64", "bool", "timestamp"]
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError(
+            f"{name!r}: a name is lower case letters, digits, - and _, at most 63, and begins with a letter"
+        )
+    return name
+
+
+def _checked_duration(text: str) -> str:
+    duration_us(text)
+    return text
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+Duration = Annotated[str, AfterValidator(_checked_duration)]
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Col:
+    """What one column of a source must be."""
+
+    dtype: DType
+    """Type of its values; `timestamp` is microseconds, UTC."""
+    nullable: bool = False
+    """Whether a row may lack it."""
+    ge: float | None = None
+    """Smallest valid value."""
+    le: float | None = None
+    """Largest valid value."""
+    one_of: tuple[str, ...] | None = None
+    """The only valid strings, if they are known."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Source:
+    """A stream of rows with a contract; its rows land in the lake table of the same name."""
+
+    name: Name
+    """Name of the source and of its lake table."""
+    schema: dict[str, Col]
+    """The contract: every column and what is valid in it; other columns are refused."""
+    key: tuple[str, ...] | list[str]
+    """Columns that identify a row; a second row with the same key is quarantined."""
+    time: str
+    """Timestamp column: when the event happened."""
+    known_at: str | None = None
+    """Timestamp column: when the event's values became known; null: never. Absent: at `time`."""
+    read: str | Callable[[], Any] | None = None
+    """A Parquet, CSV or Arrow path, or a function that returns an Arrow table; absent: rows are only sent in."""
+    freshness: Duration | None = None
+    """How old the newest row of a live batch may be when it is ingested, in event time."""
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Source:
+        wanted = [*self.key, self.time, *([self.known_at] if self.known_at else [])]
+        missing = [c for c in wanted if c not in self.schema]
+        if missing:
+            raise ValueError(f"source {self.name!r}: key, time or known_at name {missing}, which its schema lacks")
+        for c in (self.time, self.known_at):
+            if c and self.schema[c].dtype != "timestamp":
+                raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")
+        return self
+
+
+@dataclass(frozen=True, config=_VALUE)
+class FeatureView:
+    """Features of an entity, from the rows of one source."""
+
+    name: Name
+    """Name of the view; its features are called `<view>.<feature>`."""
+    source: Source
+    """Where the rows come from."""
+    entity: str | tuple[str, ...] | list[str]
+    """Columns that say whose feature it is; they stand in the source and in the label or request row."""
+    features: dict[str, Expr] | list[str]
+    """Name → expression, or just columns of which the newest known value is wanted."""
+    max_age: Duration | None = None
+    """Newest values older than this, in event time, count as unknown (inclusive)."""
+    required: bool = False
+    """Whether an entity that was never seen is refused instead of giving nulls."""
+
+    @property
+    def entity_columns(self) -> tuple[str, ...]:
+        """The entity's columns, in order."""
+        return (self.entity,) if isinstance(self.entity, str) else tuple(self.entity)
+
+    @property
+    def definitions(self) -> dict[str, Expr]:
+        """Feature name → expression."""
+        return self.features if isinstance(self.features, dict) else {c: Column(c) for c in self.features}
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> FeatureView:
+        for name, expr in self.definitions.items():
+            lost = [c for c in expr.columns() if c not in self.source.schema]
+            if lost:
+                raise ValueError(f"feature {self.name}.{name} reads {lost}, which source {self.source.name!r} lacks")
+        lost = [c for c in self.entity_columns if c not in self.source.schema]
+        if lost:
+            raise ValueError(f"view {self.name!r}: entity columns {lost} are not in source {self.source.name!r}")
+        return self
+
+
+@dataclass(frozen=True, config=_VALUE)
+class OnDemand:
+    """Features computed from the request or label row alone."""
+
+    name: Name
+    """Name of the view."""
+    features: dict[str, Expr]
+    """Name → row expression over the label source's columns; no windows."""
+
+    @model_validator(mode="after")
+    def _rows_only(self) -> OnDemand:
+        for name, expr in self.features.items():
+            if expr.windows():
+                raise ValueError(f"on-demand feature {self.name}.{name} has a window: put it into a FeatureView")
+        return self
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Label:
+    """What is to be predicted: a truth value of a source row that becomes known later."""
+
+    name: Name
+    """Name of the label and of the probability in an answer."""
+    source: Source
+    """Its rows are the things predicted; their `time` is the moment of the prediction."""
+    value: Expr
+    """Row expression; null where the label never comes (kept and counted, not trained on)."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Train:
+    """How the model is trained."""
+
+    model: Callable[[int], Any]
+    """Called with the number of inputs, returns a `torch.nn.Module` from [rows, n] float32 to logits [rows]."""
+    engine: Literal["deepspeed"] = "deepspeed"
+    """What runs the step."""
+    ranks: Annotated[int, Field(ge=1)] = 2
+    """Ranks the gang starts with."""
+    min_ranks: Annotated[int, Field(ge=1)] = 1
+    """Fewest ranks it goes on with when nodes are lost."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a rank's lease (virtual ones on a machine without)."""
+    epochs: Annotated[int, Field(ge=1)] = 3
+    """Passes over the training set."""
+    batch_rows: Annotated[int, Field(ge=1)] = 1024
+    """Rows of a global step, over all ranks; it stays when ranks come and go."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the optimizer, unless `config` holds another."""
+    config: str | dict[str, Any] | None = None
+    """DeepSpeed's own configuration, a dict or a JSON file beside the pipeline file."""
+    evaluate_on: Duration = "28d"
+    """Length of the newest labelled slice that is held out, for evaluation and for the gate."""
+    seed: int = 13
+    """Seed of weights and of the data order."""
+    spot: bool = False
+    """Whether ranks beyond the first may run on spot nodes."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Train:
+        if self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks={self.min_ranks} is more than ranks={self.ranks}: lower min_ranks")
+        return self
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Serve:
+    """How the model is served."""
+
+    p99: Duration = "50ms"
+    """Latency wanted of 99 of 100 requests."""
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """Fewest replicas."""
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+    """Most replicas."""
+    max_batch_rows: Annotated[int, Field(ge=1)] = 1024
+    """Rows of the largest batch given to the model at once."""
+    max_queue_rows: Annotated[int, Field(ge=1)] = 65536
+    """Rows that may wait in a replica; above that it answers 429."""
+    canary_weight: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of requests that a canary answers."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Serve:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
+        return self
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Cost:
+    """What a wrong prediction costs the business."""
+
+    missed: Annotated[float, Field(ge=0)]
+    """Money lost by a positive that was not predicted."""
+    false_alarm: Annotated[float, Field(ge=0)]
+    """Money lost by a predicted positive that did not come."""
+
+    @property
+    def threshold(self) -> float:
+        """Probability above which to act costs less in expectation than not to."""
+        total = self.missed + self.false_alarm
+        return self.false_alarm / total if total else 0.5
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Monitor:
+    """How the live model is watched, and when it is retrained."""
+
+    cost: Cost
+    """Costs of wrong predictions."""
+    unit: str = "USD"
+    """Currency of every amount."""
+    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of predictions that the monitor looks at."""
+    every: Duration = "28d"
+    """Event time between two verdicts."""
+    min_labels: Annotated[int, Field(ge=1)] = 2000
+    """Labelled predictions that a verdict needs."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.25
+    """Regret, money per prediction, below which nothing is done however sure it is."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Confidence that a verdict and the gate need."""
+    canary_for: Duration = "5d"
+    """Event time that a canary is watched before it is promoted or rolled back."""
+    max_retrains: Annotated[int, Field(ge=0)] = 4
+    """Retrains in one run."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Budget:
+    """What the pipeline may spend."""
+
+    usd_per_day: Annotated[float, Field(gt=0)]
+    """Upper bound of node prices × hours leased, over a wall-clock day."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Drills:
+    """Faults that a run brings about on purpose, to show that it gets over them."""
+
+    reclaim_spot: bool = False
+    """Take the gang's spot node away, with notice, in the middle of the first retrain that has one."""
+    kill_replica_on: str | None = None
+    """Event date (YYYY-MM-DD) on which the serving replica's process gets SIGKILL under load."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Replay:
+    """How recorded rows are played through the loop as if they came now."""
+
+    history_until: str
+    """Event date (YYYY-MM-DD): rows before it are history, ingested at once and trained on."""
+    until: str | None = None
+    """Event date at which the replay ends; absent: when the rows end."""
+    step: Duration = "1d"
+    """Event time of one batch."""
+    rows_per_request: Annotated[int, Field(ge=1)] = 256
+    """Rows of one request to the endpoint."""
+    drills: Drills = field(default_factory=Drills)
+    """Faults brought about on purpose."""
+
+
+@dataclass(frozen=True, config=_VALUE)
+class Pipeline:
+    """One model, from its rows to its monitored endpoint."""
+
+    name: Name
+    """Name of the pipeline and of the served model."""
+    views: list[FeatureView | OnDemand]
+    """Features, in the order of the model's inputs."""
+    label: Label
+    """What is predicted."""
+    train: Train
+    """How it is trained."""
+    monitor: Monitor
+    """How it is watched."""
+    serve: Serve = field(default_factory=Serve)
+    """How it is served."""
+    budget: Budget | None = None
+    """What it may spend."""
+    replay: Replay | None = None
+    """How its recorded rows are played; absent: rows come by themselves."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Pipeline:
+        names = [v.name for v in self.views]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"views {twice} are declared twice: give each its own name")
+        row = self.label.source.schema
+        lost = [c for c in self.label.value.columns() if c not in row]
+        if lost:
+            raise ValueError(f"label {self.label.name!r} reads {lost}, which source {self.label.source.name!r} lacks")
+        for view in self.views:
+            needs = (
+                view.entity_columns
+                if isinstance(view, FeatureView)
+                else tuple(dict.fromkeys(c for e in view.features.values() for c in e.columns()))
+            )
+            lost = [c for c in needs if c not in row]
+            if lost:
+                raise ValueError(
+                    f"view {view.name!r} needs {lost} of the label's rows, which {self.label.source.name!r} lacks"
+                )
+        if not self.feature_names:
+            raise ValueError(f"pipeline {self.name!r} has no features: give at least one view")
+        return self
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """`<view>.<feature>` of every model input, in order."""
+        return tuple(f"{v.name}.{n}" for v in self.views for n in definitions(v))
+
+    @property
+    def feature_hashes(self) -> dict[str, str]:
+        """Feature name → content hash of its definition: the feature's version."""
+        return {f"{v.name}.{n}": _feature_hash(v, e) for v in self.views for n, e in definitions(v).items()}
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every source that is read, each once, the label's first."""
+        found = {self.label.source.name: self.label.source}
+        for view in self.views:
+            if isinstance(view, FeatureView):
+                found.setdefault(view.source.name, view.source)
+        return tuple(found.values())
+
+    @property
+    def request_columns(self) -> tuple[str, ...]:
+        """Columns of the label's row that a request must carry for its features."""
+        found: dict[str, None] = {}
+        for view in self.views:
+            for c in (
+                view.entity_columns
+                if isinstance(view, FeatureView)
+                else [c for e in view.features.values() for c in e.columns()]
+            ):
+                found.setdefault(c)
+        return tuple(found)
+
+
+def definitions(view: FeatureView | OnDemand) -> dict[str, Expr]:
+    """Feature name → expression of either kind of view."""
+    return view.definitions if isinstance(view, FeatureView) else view.features
+
+
+def _feature_hash(view: FeatureView | OnDemand, expr: Expr) -> str:
+    if isinstance(view, OnDemand):
+        return digest("on-demand", expr.to_json())
+    source = view.source
+    return digest(source.name, source.time, source.known_at, view.entity_columns, view.max_age, expr.to_json())
