@@ -1,0 +1,65 @@
+"""What a pipeline file and a notebook import, each name loaded when first asked for: importing this is light."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raymill.runtime.client import Client, connect
+    from raymill.runtime.errors import RaymillError
+    from raymill.runtime.expressions import col
+    from raymill.runtime.spec import (
+        Budget,
+        Col,
+        Cost,
+        Drills,
+        FeatureView,
+        Label,
+        Monitor,
+        OnDemand,
+        Pipeline,
+        Replay,
+        Serve,
+        Source,
+        Train,
+    )
+
+_HOME_OF = {
+    "Client": "client",
+    "connect": "client",
+    "RaymillError": "errors",
+    "col": "expressions",
+} | dict.fromkeys(
+    (
+        "Budget", "Col", "Cost", "Drills", "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline", "Replay", "Serve",
+        "Source", "Train",
+    ),
+    "spec",
+)  # fmt: skip
+
+__all__ = [
+    "Budget",
+    "Client",
+    "Col",
+    "Cost",
+    "Drills",
+    "FeatureView",
+    "Label",
+    "Monitor",
+    "OnDemand",
+    "Pipeline",
+    "RaymillError",
+    "Replay",
+    "Serve",
+    "Source",
+    "Train",
+    "col",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"raymill.runtime.{_HOME_OF[name]}"), name)

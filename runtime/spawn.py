@@ -60,7 +60,7 @@ def find(name: str) -> Any:
 def _started(cls: type) -> type:
     """`cls` whose constructor also calls `start()`: Ray restarts an actor by its constructor alone."""
 
-    class Started(cls):  # type: ignore[misc]
+    class Started(cls):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.start()

@@ -1,0 +1,41 @@
+# Two commands set up a fresh machine: `make run` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: run test check soak up down install bench bench-peers lock clean
+
+run: install            ## the whole loop on real data; leaves nothing running
+	$(BIN)/raymill run jobs/flights.py
+
+test: install           ## unit, actors and loop tests
+	$(BIN)/python -m pytest tests/unit tests/actors tests/loop
+
+check: install          ## lint, types, unit tests: under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit
+
+soak: install           ## the long versions of the tests
+	$(BIN)/python -m pytest tests -m soak --timeout 3600
+
+up: install             ## a cluster to play with
+	$(BIN)/raymill up
+
+down:                   ## and away with it
+	$(BIN)/raymill down
+
+install: $(STAMP)       ## .venv with everything, nothing started
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+lock:                   ## write requirements.lock anew from what .venv holds
+	$(BIN)/pip freeze --all --exclude-editable | grep -v -e '^pip==' -e '^raymill' > requirements.lock
+
+clean:                  ## remove the environment and all state
+	rm -rf .venv .raymill build dist *.egg-info
