@@ -1,0 +1,191 @@
+"""The actor `records`: ledger and registry, opened by this process alone; and the value others reach it by.
+
+`RecordsActor` is a plain class that works without Ray. `RemoteRecords` has the same methods, is picklable, finds
+the actor by name at each call and outlives its restarts: every call may be repeated without doing anything twice.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raymill.runtime.errors import Unavailable
+from raymill.runtime.home import Home
+from raymill.runtime.ledger import Ledger, Verification
+from raymill.runtime.messages import Event, Manifest, ModelVersion
+from raymill.runtime.registry import Registry
+
+NAME = "records"
+"""The actor's name in Ray."""
+
+_LOCK_WAIT_S = 10.0
+"""How long a restarted actor waits for the process before it to be gone."""
+
+
+class RecordsActor:
+    """Ledger and registry of one RAYMILL_HOME."""
+
+    def __init__(self, home: str | Path) -> None:
+        self._home = Home(Path(home))
+        self._ledger: Ledger | None = None
+        self._registry: Registry | None = None
+
+    def start(self) -> None:
+        """Open the database.
+
+        Raises:
+            StoreError: another process has it open, or it is damaged.
+        """
+        if self._ledger is None:
+            self._ledger = Ledger(self._home.record, lock_wait_s=_LOCK_WAIT_S)
+            self._registry = Registry(self._ledger, self._home.models)
+
+    def stop(self) -> None:
+        """Close the database."""
+        if self._ledger is not None:
+            self._ledger.close()
+        self._ledger = self._registry = None
+
+    def health(self) -> bool:
+        """Whether the database is open."""
+        return self._ledger is not None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The open ledger."""
+        if self._ledger is None:
+            raise Unavailable("the actor `records` is not started: call start() first")
+        return self._ledger
+
+    @property
+    def registry(self) -> Registry:
+        """The open registry."""
+        if self._registry is None:
+            raise Unavailable("the actor `records` is not started: call start() first")
+        return self._registry
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Write events, all or none; those whose key is known already are left out."""
+        self.ledger.append(events)
+
+    def events(
+        self,
+        kind: str | None = None,
+        *,
+        subject: str | None = None,
+        pipeline: str | None = None,
+        run: str | None = None,
+        since_seq: int = 0,
+        limit: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Events in order, as dicts of Event's fields with `seq` and `hash`; `kind` may hold a star."""
+        return self.ledger.events(kind, subject=subject, pipeline=pipeline, run=run, since_seq=since_seq, limit=limit)
+
+    def verify(self) -> Verification:
+        """Walk the whole chain."""
+        return self.ledger.verify()
+
+    def register(
+        self,
+        model: str,
+        kind: str,
+        program: bytes,
+        manifest: Manifest | None,
+        training_id: str,
+        metrics: dict[str, float],
+        threshold: float,
+        *,
+        at: int | None = None,
+    ) -> ModelVersion:
+        """A new candidate; idempotent by training and kind."""
+        return self.registry.register(model, kind, program, manifest, training_id, metrics, threshold, at=at)
+
+    def models(self) -> list[str]:
+        """Names of all models."""
+        return self.registry.models()
+
+    def versions(self, model: str) -> list[ModelVersion]:
+        """All versions of a model, oldest first."""
+        return self.registry.versions(model)
+
+    def get(self, model: str, version: int) -> ModelVersion:
+        """One version."""
+        return self.registry.get(model, version)
+
+    def live(self, model: str) -> ModelVersion | None:
+        """The live version, if there is one."""
+        return self.registry.live(model)
+
+    def program(self, digest: str) -> bytes:
+        """A program's bytes, their hash checked."""
+        return self.registry.program(digest)
+
+    def start_canary(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
+        """Candidate → canary."""
+        return self.registry.start_canary(model, version, reason=reason, at=at)
+
+    def reject(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
+        """Candidate, canary or retired → rejected."""
+        return self.registry.reject(model, version, reason=reason, at=at)
+
+    def promote(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
+        """Candidate, canary or retired → live; the live one retires."""
+        return self.registry.promote(model, version, reason=reason, at=at)
+
+    def rollback(self, model: str, *, reason: str, at: int | None = None, version: int | None = None) -> ModelVersion:
+        """Live (`version`, if given) → retired; live again what it had replaced."""
+        return self.registry.rollback(model, reason=reason, at=at, version=version)
+
+
+class RemoteRecords:
+    """The actor `records` by name: the same methods, blocking; picklable; also a `record` callable.
+
+    While the actor is being restarted calls wait and are sent again, up to `patience_s`.
+    """
+
+    def __init__(self, name: str = NAME, patience_s: float = 30.0) -> None:
+        self._name, self._patience_s = name, patience_s
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """`append`, so that this object is what others take as `record`."""
+        self.append(events)
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Write events; one without a key gets one, so that a call that is sent again writes nothing twice."""
+        self._call("append", [e if e.key else replace(e, key=uuid.uuid4().hex) for e in events])
+
+    def rollback(self, model: str, *, reason: str, at: int | None = None, version: int | None = None) -> ModelVersion:
+        """As the actor's; without `version` the one that is live now is meant, however often the call is sent."""
+        if version is None:
+            current = self.live(model)
+            version = None if current is None else current.version
+        found: ModelVersion = self._call("rollback", model, reason=reason, at=at, version=version)
+        return found
+
+    def live(self, model: str) -> ModelVersion | None:
+        """The live version, if there is one."""
+        found: ModelVersion | None = self._call("live", model)
+        return found
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_") or not callable(getattr(RecordsActor, method, None)):
+            raise AttributeError(method)
+        return lambda *args, **kwargs: self._call(method, *args, **kwargs)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        import ray
+
+        from raymill.runtime.spawn import find
+
+        end = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return ray.get(getattr(find(self._name), method).remote(*args, **kwargs))
+            except (ray.exceptions.RayActorError, Unavailable) as err:
+                if time.monotonic() >= end:
+                    raise Unavailable(f"actor {self._name!r} does not answer: `raymill doctor` says why") from err
+                time.sleep(0.1)
