@@ -1,0 +1,1 @@
+"""What one submits: the demo pipeline, its data, the loop and the `raymill` command."""

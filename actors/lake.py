@@ -1,0 +1,175 @@
+"""The lake: one Delta table per source, every version of it readable, every batch in it exactly once.
+
+Invariants
+- A batch id is written into the same Delta commit as the batch's rows (a transaction id of the protocol), so a
+  batch that is sent again, after a crash or by two writers at once, is appended once.
+- A commit is one atomic file: kill -9 at any point leaves either the whole batch or nothing.
+- Rows come back in no particular order; what needs one sorts.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from raymill.runtime.errors import ContractError, StoreError
+
+ATTEMPTS = 20
+"""Rounds of look-then-write when other writers get in between (each round has delta-rs' own 15 retries in it)."""
+
+_TABLE = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+
+
+class Lake:
+    """The Delta tables under one folder; safe for several threads and several processes at once."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root)
+        self._writers: dict[str, DeltaTable] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def append(self, table: str, rows: pa.Table, *, batch_id: str) -> int:
+        """Append `rows` once and return a version of the table that holds them.
+
+        A batch id that was appended before writes nothing and returns the present version. The first batch
+        makes the table, with its columns and types. An empty batch is remembered like any other.
+
+        Raises:
+            ContractError: the columns are not those of the table.
+            StoreError: the table can not be written.
+        """
+        with self._lock_of(table), _as_store_error(table, "append to"):
+            for _ in range(ATTEMPTS):
+                writer = self._writer(table, rows.schema)
+                if writer.transaction_version(batch_id) is not None:
+                    return writer.version()
+                _check_columns(table, writer, rows)
+                try:
+                    return _commit(writer, rows, batch_id)
+                except CommitFailedError:  # another writer was first, perhaps with this very batch: look again
+                    self._writers.pop(table, None)
+        raise StoreError(
+            f"batch {batch_id!r} could not be appended to lake table {table!r}: {ATTEMPTS} times another writer was "
+            f"first; send it again, it is appended once"
+        )
+
+    def read(
+        self,
+        table: str,
+        *,
+        version: int | None = None,
+        columns: Sequence[str] | None = None,
+        where: list[tuple[str, str, Any]] | None = None,
+    ) -> pa.Table:
+        """The rows of a version (the newest if none is named), in no particular order.
+
+        Args:
+            table: name of the table.
+            version: what `append` or `version` returned at some time.
+            columns: the columns wanted; absent: all.
+            where: `(column, operator, value)` triples that must all hold; operators as in pyarrow, `in` included.
+
+        Raises:
+            StoreError: there is no such table or version, or it is damaged.
+        """
+        with _as_store_error(table, "read"):
+            found = DeltaTable(str(self._path(table)), version=version)
+            return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
+
+    def version(self, table: str) -> int | None:
+        """Newest version of the table; None: there is none yet."""
+        with self._lock_of(table), _as_store_error(table, "look at"):
+            writer = self._writer(table, None)
+            return None if writer is None else writer.version()
+
+    def batch_rows(self, table: str, batch_id: str) -> int | None:
+        """Number of rows that the batch appended; None: it was never appended."""
+        with self._lock_of(table), _as_store_error(table, "look at"):
+            writer = self._writer(table, None)
+            return None if writer is None else writer.transaction_version(batch_id)
+
+    def has_batch(self, table: str, batch_id: str) -> bool:
+        """Whether the batch was appended."""
+        return self.batch_rows(table, batch_id) is not None
+
+    def count(self, table: str) -> int:
+        """Rows in the newest version, from the log alone; 0: there is no such table."""
+        with self._lock_of(table), _as_store_error(table, "count"):
+            writer = self._writer(table, None)
+            return 0 if writer is None else int(writer.count())
+
+    def tables(self) -> list[str]:
+        """Names of the tables, sorted."""
+        return sorted(p.name for p in self._root.glob("*") if (p / "_delta_log").is_dir() and _has_commit(p))
+
+    def _path(self, table: str) -> Path:
+        if not _TABLE.match(table):
+            raise StoreError(f"{table!r} can not name a lake table: lower case letters, digits, - and _ only")
+        return self._root / table
+
+    def _lock_of(self, table: str) -> threading.Lock:
+        with self._lock:
+            return self._locks.setdefault(table, threading.Lock())
+
+    def _writer(self, table: str, schema: pa.Schema | None) -> Any:
+        """The table as it is now: kept open and caught up, opened, or made from `schema`; None if it is absent."""
+        kept = self._writers.get(table)
+        if kept is not None:
+            kept.update_incremental()
+            return kept
+        path = self._path(table)
+        if not _has_commit(path):
+            if schema is None:
+                return None
+            path.mkdir(parents=True, exist_ok=True)
+            DeltaTable.create(str(path), schema, mode="ignore")
+        self._writers[table] = DeltaTable(str(path))
+        return self._writers[table]
+
+
+def _check_columns(table: str, writer: DeltaTable, rows: pa.Table) -> None:
+    # Compared as Delta types: Arrow has several types (large, fixed-size) for each of those.
+    has = {f.name: f.type for f in writer.schema().fields}
+    given = {f.name: f.type for f in Schema.from_arrow(rows.schema).fields}
+    if has != given:
+        wrong = sorted(n for n in has.keys() | given.keys() if has.get(n) != given.get(n))
+        told = ", ".join(f"{n} is {given.get(n, 'missing')} instead of {has.get(n, 'absent')}" for n in wrong)
+        raise ContractError(f"the rows do not have the columns of lake table {table!r}: {told}")
+
+
+def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str) -> int:
+    # The number of a transaction is the writer's to choose: the rows of the batch are what a retry wants to know.
+    transaction = Transaction(batch_id, rows.num_rows)
+    properties = CommitProperties(app_transactions=[transaction])
+    if rows.num_rows:
+        write_deltalake(
+            writer, rows.select([f.name for f in writer.schema().fields]), mode="append", commit_properties=properties
+        )
+    else:
+        writer.create_write_transaction([], "append", writer.schema(), commit_properties=properties)
+        writer.update_incremental()
+    return writer.version()
+
+
+def _has_commit(path: Path) -> bool:
+    """Whether the table exists: a folder whose maker was killed before the first commit is no table yet."""
+    return any((path / "_delta_log").glob("*.json"))
+
+
+@contextmanager
+def _as_store_error(table: str, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except TableNotFoundError as err:
+        raise StoreError(f"there is no lake table {table!r} (or not that version): ingest rows first; {err}") from err
+    except (DeltaError, OSError, pa.ArrowException) as err:
+        raise StoreError(f"could not {verb} lake table {table!r}: {err}; see `raymill doctor`") from err
