@@ -119,6 +119,14 @@ class LeaseRequest:
     """Whether bundles beyond the first may lie on spot nodes."""
     tenant: str = "default"
     """Who pays."""
+    pipeline: str = ""
+    """Pipeline it is for; the cost is split by it."""
+    run: str = ""
+    """Run it is for."""
+    request_id: str = ""
+    """Idempotency key: the same id asked again gives the leases that were granted. Empty: one is made."""
+    job_id: str = ""
+    """Ray job whose end frees the leases, hexadecimal; empty: they stay until they are released."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
