@@ -1,0 +1,64 @@
+"""Where the prediction log ends: the lake table `predictions` and the monitor, each row in each of them once.
+
+Invariant: of the rows of one model and id only the first that arrives stays (of a shadow's, the first per version),
+whichever replicas sent them: the replicas of a host take turns by a file lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymill.actors.lake import Lake
+
+TABLE = "predictions"
+LOOK_BACK_S = 3600.0  # two answers to one id lie seconds apart: the client's deadline, or a replica's last segment
+
+Observe = Callable[[str, str, pa.Table], None]
+"""(model, segment, rows): hands the monitor of that model a segment; idempotent by segment."""
+
+
+class LakeSink:
+    """Ships segments to the lake, after the monitor has seen them."""
+
+    def __init__(self, lake: Path, lock: Path, observe: Observe) -> None:
+        self._lake = Lake(lake)
+        self._lock = lock
+        self._observe = observe
+
+    def ship(self, segment: str, rows: pa.Table) -> None:
+        """Append what is new of the segment; the monitor first, since the append is what marks it as done."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._lock, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not rows.num_rows or self._lake.has_batch(TABLE, segment):
+                return
+            fresh = self._fresh(rows)
+            for model in fresh.column("model").unique().to_pylist():
+                self._observe(model, segment, fresh.filter(pc.equal(fresh.column("model"), model)))
+            self._lake.append(TABLE, fresh, batch_id=segment)
+
+    def _fresh(self, rows: pa.Table) -> pa.Table:
+        names = _names(rows)
+        _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
+        if len(first) < rows.num_rows:
+            first.sort()
+            rows, names = rows.take(pa.array(first)), names.take(pa.array(first))
+        if self._lake.version(TABLE) is None:
+            return rows
+        since = pc.min(rows.column("wall_s")).as_py() - LOOK_BACK_S
+        there = self._lake.read(TABLE, columns=["model", "id", "role", "version"], where=[("wall_s", ">=", since)])
+        return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
+
+
+def _names(rows: pa.Table) -> pa.Array:
+    """What must be unique in the table."""
+    shadow = pc.equal(rows.column("role"), "shadow")
+    version = pc.if_else(shadow, pc.cast(rows.column("version"), pa.string()), "")
+    joined = pc.binary_join_element_wise(rows.column("model"), rows.column("id"), version, "\x1f")
+    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined

@@ -1,0 +1,337 @@
+"""The prediction log: every answer is on disk before it is sent, and reaches the lake and the monitor once.
+
+Invariants
+- An answer is written to the spool (one `write` to the page cache, which outlives a SIGKILL of the process) before
+  it is sent; a torn last write was never answered.
+- The same id of the same model gets the same answer and is logged once: within a replica by its memory, after a
+  kill by the spool it reads at start, between replicas by the sink, which knows what the lake holds.
+- A segment is shipped until the sink has taken it; a dead replica's segments are shipped by the next one that
+  looks. The sink is idempotent by segment name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymill.runtime.errors import StoreError
+from raymill.runtime.ids import new_ids
+
+_log = logging.getLogger(__name__)
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("model", pa.string()),
+        ("version", pa.int64()),
+        ("role", pa.string()),
+        ("at", pa.timestamp("us", "UTC")),
+        ("key", pa.string()),
+        ("row", pa.string()),
+        ("x", pa.list_(pa.float32())),
+        ("p", pa.float32()),
+        ("wall_s", pa.float64()),
+        ("replica", pa.string()),
+    ]
+)
+SHIP_ROWS = 20_000  # few and large appends: one costs about 30 ms whatever its size
+SHIP_AFTER_S = 5.0
+KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying: a retry finds its answer though it was shipped
+REMEMBERED = 131_072  # answers a replica remembers per model, about 30 s of full load
+_TICK_S = 0.25
+_LOCK, _OPEN, _SHIPPED = "lock", ".arrows", ".shipped"
+_EOS = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+class Sink(Protocol):
+    """Where segments go."""
+
+    def ship(self, segment: str, rows: pa.Table) -> None:
+        """Take a segment, once whatever number of times it is sent; raise if it could not be taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Answers of one batch of one model and role, before they are logged."""
+
+    model: str
+    ids: list[str]
+    versions: npt.NDArray[np.int64]
+    roles: list[str]
+    at: npt.NDArray[np.int64]
+    keys: list[str | None]
+    texts: list[bytes | None]
+    x: npt.NDArray[np.float32]
+    p: npt.NDArray[np.float32]
+
+    def take(self, places: list[int]) -> Scored:
+        """Only the rows at `places`."""
+        return Scored(
+            model=self.model,
+            ids=[self.ids[i] for i in places],
+            versions=self.versions[places],
+            roles=[self.roles[i] for i in places],
+            at=self.at[places],
+            keys=[self.keys[i] for i in places],
+            texts=[self.texts[i] for i in places],
+            x=self.x[places],
+            p=self.p[places],
+        )
+
+    def to_batch(self, replica: str, wall_s: float) -> pa.RecordBatch:
+        """As rows of the log."""
+        n, width = self.x.shape
+        offsets = np.arange(0, (n + 1) * width, width, dtype=np.int32) if width else np.zeros(n + 1, np.int32)
+        flat = pa.array(np.ascontiguousarray(self.x, dtype=np.float32).reshape(-1))
+        columns = [
+            pa.array(self.ids, pa.string()),
+            pa.array([self.model] * n, pa.string()),
+            pa.array(self.versions, pa.int64()),
+            pa.array(self.roles, pa.string()),
+            pa.array(self.at, pa.int64()).cast(SCHEMA.field("at").type),
+            pa.array(self.keys, pa.string()),
+            pa.array(self.texts, pa.string()),
+            pa.ListArray.from_arrays(pa.array(offsets), flat),
+            pa.array(np.asarray(self.p, dtype=np.float32)),
+            pa.array(np.full(n, wall_s)),
+            pa.array([replica] * n, pa.string()),
+        ]
+        return pa.record_batch(columns, schema=SCHEMA)
+
+
+class PredictionLog:
+    """One replica's log; `record` is called by one thread, everything else by any."""
+
+    def __init__(self, spool: Path, sink: Sink, *, replica: str) -> None:
+        self._spool = spool
+        self._sink = sink
+        self._replica = replica
+        self._owner = new_ids(1)[0]
+        self._recent: dict[str, dict[str, tuple[int, float]]] = {}
+        self._lock = threading.Lock()  # of the open segment
+        self._shipping = threading.Lock()
+        self._segment: _Segment | None = None
+        self._number = 0
+        self._held: Any = None
+        self._ends = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.shipped_rows = 0
+        self.last_error = ""
+
+    def start(self) -> None:
+        """Take a folder of the spool, learn what was answered lately, begin to ship."""
+        folder = self._spool / self._owner
+        folder.mkdir(parents=True, exist_ok=True)
+        self._held = open(folder / _LOCK, "w")  # noqa: SIM115 - held as long as the process lives
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+        for path in _segments(self._spool):
+            self._learn(path)
+        self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ship what is there and end; what the sink does not take stays for the next replica."""
+        if self._thread is None:
+            return
+        self._ends.set()
+        self._thread.join()
+        self._thread = None
+        self.flush()
+        self._held.close()
+
+    def record(self, scored: Scored, shadows: list[Scored]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Log a batch; return the versions and probabilities to answer with (the logged ones for ids known).
+
+        Raises:
+            StoreError: the spool can not be written; nothing of the batch may be answered.
+        """
+        recent = self._recent.setdefault(scored.model, {})
+        known = {i: recent[name] for i, name in enumerate(scored.ids) if name in recent}
+        versions, p = scored.versions, scored.p
+        if known:
+            fresh = [i for i in range(len(scored.ids)) if i not in known]
+            versions, p = versions.copy(), p.copy()
+            for i, (version, value) in known.items():
+                versions[i], p[i] = version, value
+            scored, shadows = scored.take(fresh), [s.take(fresh) for s in shadows]
+        if scored.ids:
+            wall_s = time.time()
+            self._append([s.to_batch(self._replica, wall_s) for s in (scored, *shadows)])
+            answers = zip(scored.versions.tolist(), scored.p.tolist(), strict=True)
+            self._remember(scored.model, scored.ids, answers)
+        return versions, p
+
+    def flush(self) -> bool:
+        """Ship everything now, orphans too; whether all of it was taken."""
+        self._close_segment()
+        return self._ship_own() and self._adopt()
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows of the open segment."""
+        segment = self._segment
+        return segment.rows if segment else 0
+
+    def _append(self, batches: list[pa.RecordBatch]) -> None:
+        with self._lock:
+            if self._segment is None:
+                self._number += 1
+                self._segment = _Segment(self._spool / self._owner / f"{self._number:06d}{_OPEN}")
+            self._segment.append(batches)
+
+    def _remember(self, model: str, ids: list[str], answers: Iterator[tuple[int, float]]) -> None:
+        recent = self._recent.setdefault(model, {})
+        recent.update(zip(ids, answers, strict=True))
+        surplus = len(recent) - REMEMBERED
+        if surplus > 0:
+            for name in [name for name, _ in zip(recent, range(surplus), strict=False)]:
+                del recent[name]
+
+    def _learn(self, path: Path) -> None:
+        try:
+            rows = read_segment(path)
+        except FileNotFoundError:  # its replica has shipped and dropped it meanwhile
+            return
+        columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "role")]
+        for model, name, version, p, role in zip(*columns, strict=True):
+            if role != "shadow":
+                self._recent.setdefault(model, {})[name] = (version, p)
+
+    def _run(self) -> None:
+        look_at = 0.0
+        while not self._ends.wait(_TICK_S):
+            segment, now = self._segment, time.monotonic()
+            full = segment and (segment.rows >= SHIP_ROWS or now - segment.since >= SHIP_AFTER_S)
+            if not full and now < look_at:
+                continue
+            try:
+                self._close_segment() if full else None
+                self._ship_own()
+                if now >= look_at:
+                    self._adopt()
+                    look_at = now + SHIP_AFTER_S
+            except (StoreError, OSError) as err:
+                self._failed("the spool", err)
+
+    def _failed(self, what: object, err: Exception) -> None:
+        self.last_error = f"{type(err).__name__}: {err}"
+        _log.warning("%s: not shipped and kept: %s", what, self.last_error)
+
+    def _close_segment(self) -> None:
+        with self._lock:
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
+
+    def _ship_own(self) -> bool:
+        with self._shipping:
+            return self._ship_folder(self._spool / self._owner)
+
+    def _adopt(self) -> bool:
+        """Ship the segments of replicas that live no more; their locks are free."""
+        taken = True
+        for folder in sorted(p for p in self._spool.iterdir() if p.is_dir() and p.name != self._owner):
+            try:
+                with self._shipping, _try_lock(folder / _LOCK) as free:
+                    if free:
+                        taken = self._ship_folder(folder) and taken
+                        if not list(_segments(self._spool, folder.name)) and _age_s(folder) > KEEP_SHIPPED_S:
+                            (folder / _LOCK).unlink()
+                            folder.rmdir()
+            except FileNotFoundError:  # another replica has tidied it away
+                continue
+        return taken
+
+    def _ship_folder(self, folder: Path) -> bool:
+        with self._lock:  # a segment is open from the moment its file exists
+            mine = self._segment.path if self._segment else None
+            closed = [p for p in sorted(folder.glob("*" + _OPEN)) if p != mine]
+        for path in sorted(folder.glob("*" + _SHIPPED)):
+            if _age_s(path) > KEEP_SHIPPED_S:
+                path.unlink()
+        for path in closed:
+            try:
+                rows = read_segment(path)
+                self._sink.ship(f"{folder.name}-{path.stem}", rows)
+            except Exception as err:  # noqa: BLE001 - edge of the shipping loop: kept, told, tried again
+                self._failed(path, err)
+                return False
+            self.shipped_rows += rows.num_rows
+            self.last_error = ""
+            os.utime(path)
+            path.rename(path.with_suffix(_SHIPPED))
+        return True
+
+
+class _Segment:
+    """An Arrow IPC stream that grows by whole messages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self.since = time.monotonic()
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._end = 0
+        self._write(memoryview(SCHEMA.serialize()))
+
+    def append(self, batches: list[pa.RecordBatch]) -> None:
+        self._write(memoryview(b"".join(memoryview(b.serialize()) for b in batches)))
+        self.rows += sum(b.num_rows for b in batches)
+
+    def close(self) -> None:
+        self._write(memoryview(_EOS))
+        self._file.close()
+
+    def _write(self, data: memoryview) -> None:
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as err:
+            self._file.truncate(self._end)  # a torn message in the middle would hide those after it
+            self._file.seek(self._end)
+            raise StoreError(f"the prediction log {self.path} can not be written ({err}): make room there") from err
+        self._end += len(data)
+
+
+def read_segment(path: Path) -> pa.Table:
+    """The rows of a segment; a torn last message (its writer was killed, nothing of it was answered) is left out."""
+    batches: list[pa.RecordBatch] = []
+    # An unreadable tail is the writer's last, unfinished write; an empty file was never even begun.
+    data = path.read_bytes()
+    with suppress(StopIteration, pa.ArrowInvalid, OSError), pa.ipc.open_stream(data) as reader:
+        while True:
+            batches.append(reader.read_next_batch())
+    return pa.Table.from_batches(batches, SCHEMA)
+
+
+def _segments(spool: Path, owner: str = "*") -> Iterator[Path]:
+    yield from sorted(p for p in spool.glob(f"{owner}/*") if p.suffix in (_OPEN, _SHIPPED))
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+@contextmanager
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Whether nobody else holds the lock; held inside the block if so."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
