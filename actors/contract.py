@@ -1,0 +1,297 @@
+"""Whether rows fit what their source declares: pure; bad rows get a reason, a batch of another shape is refused.
+
+Reasons, the first that holds: `type:<column>` (the value can not be read as the column's type), `null:<column>`,
+`range:<column>`, `one_of:<column>`, `duplicate_key`. A key or time column is never null, whatever the schema says;
+NaN is null; an infinity is out of range.
+
+Invariants
+- Every row is either accepted or rejected, in the order given; nothing is repaired or guessed.
+- The verdict over a row depends on the row, the source, the rows before it and the keys known, on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymill.runtime.errors import ContractError
+from raymill.runtime.expressions import duration_us
+from raymill.runtime.spec import Col, Source
+
+ARROW_TYPES: dict[str, pa.DataType] = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.timestamp("us", "UTC"),
+}
+"""The Arrow type of each type that a source may declare."""
+
+REJECTED_SCHEMA = pa.schema([("row", pa.string()), ("reason", pa.string())])
+
+IsKnown = Callable[[pa.Table], np.ndarray]
+"""Key columns of n rows → bool [n]: which keys the lake holds already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What became of a batch's rows."""
+
+    accepted: pa.Table
+    """The sound rows, in the source's columns and types."""
+    rejected: pa.Table
+    """The others: `row` (JSON of the row as it came) and `reason`."""
+
+
+def arrow_schema(source: Source) -> pa.Schema:
+    """Columns and types of the source's rows in lake and object store (nulls are the contract's matter)."""
+    return pa.schema([(name, ARROW_TYPES[c.dtype]) for name, c in source.schema.items()])
+
+
+def check(rows: pa.Table, source: Source, *, known: IsKnown | None = None, at: int | None = None) -> Checked:
+    """Part the rows into those that fit the source and those that do not.
+
+    Args:
+        rows: the batch; columns in any order, text is parsed, any width of integer or unit of time is taken.
+        source: what they must fit.
+        known: which keys were accepted before; absent: none.
+        at: present event time, µs UTC, against which the source's `freshness` is held; absent: it is not.
+
+    Raises:
+        ContractError: a column is missing, strange or of a wrong type, or the newest row is too old.
+    """
+    _check_shape(rows.schema, source)
+    reasons = np.full(rows.num_rows, "", dtype=object)
+    columns = {}
+    for name, declared in source.schema.items():
+        raw = rows[name].combine_chunks()
+        columns[name], unreadable = _as_type(raw, ARROW_TYPES[declared.dtype])
+        if len(unreadable):
+            _mark(reasons, unreadable, f"type:{name}")
+    never_null = {*source.key, source.time}
+    for name, declared in source.schema.items():
+        _check_values(reasons, columns[name], name, declared, name not in never_null and declared.nullable)
+    typed = pa.table(columns, schema=arrow_schema(source))
+    sound = np.flatnonzero(reasons == "")
+    keys = typed.select(list(source.key)).take(sound)
+    again = repeats(keys)
+    if known is not None:
+        again |= known(keys)
+    reasons[sound[again]] = "duplicate_key"
+    good = reasons == ""
+    accepted = typed if good.all() else typed.filter(pa.array(good))
+    _check_freshness(accepted, source, at)
+    return Checked(accepted, _rejected(rows, reasons, np.flatnonzero(~good)))
+
+
+def event_times(rows: pa.Table, source: Source) -> pa.Array:
+    """Event times [n] of unchecked rows, timestamp µs UTC; null where there is none that can be read.
+
+    Raises:
+        ContractError: there is no such column, or it can not hold times.
+    """
+    wanted = ARROW_TYPES["timestamp"]
+    if source.time not in rows.column_names or not _readable(rows.schema.field(source.time).type, wanted):
+        raise ContractError(f"rows of source {source.name!r} need their event times in a column {source.time!r}")
+    return _as_type(rows[source.time].combine_chunks(), wanted)[0]
+
+
+class KeyIndex:
+    """The keys accepted so far as 64-bit hashes, 8 bytes each: a fast no, and a maybe that its owner confirms.
+
+    Two keys may share a hash (n keys: about n² / 2⁶⁵ pairs), so a hit alone never makes a row a duplicate.
+    """
+
+    MERGE_AT = 65_536
+    """Fresh hashes wait in a set up to this many, so that a small batch does not sort the whole index anew."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._fresh: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._fresh)
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Take in the hashes [n] of accepted keys."""
+        if len(self._fresh) + len(hashes) < self.MERGE_AT:
+            self._fresh.update(hashes.tolist())
+            return
+        fresh = np.fromiter(self._fresh, np.uint64, len(self._fresh))
+        self._sorted = np.unique(np.concatenate([self._sorted, fresh, hashes]))
+        self._fresh = set()
+
+    def maybe(self, hashes: np.ndarray) -> np.ndarray:
+        """Bool [n]: false where the key is certainly new."""
+        found = np.fromiter((h in self._fresh for h in hashes.tolist()), np.bool_, len(hashes))
+        if len(self._sorted):
+            place = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
+            found |= self._sorted[place] == hashes
+        return found
+
+
+def key_hashes(keys: pa.Table) -> np.ndarray:
+    """64-bit hash [n] of each row; equal rows have equal hashes on every machine and day."""
+    mixed = np.full(keys.num_rows, 0x9E3779B97F4A7C15, np.uint64)
+    for column in keys.columns:
+        mixed = _mix(mixed ^ _column_words(column.combine_chunks()))
+    return mixed
+
+
+def repeats(keys: pa.Table) -> np.ndarray:
+    """Bool [n]: true where an earlier row has the same key (compared by value, not by hash)."""
+    hashes = key_hashes(keys)
+    found = np.zeros(keys.num_rows, np.bool_)
+    _, group, size = np.unique(hashes, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero(size[group] > 1)
+    seen: set[tuple[Any, ...]] = set()
+    for i, key in zip(suspects.tolist(), key_tuples(keys.take(suspects)), strict=True):
+        found[i] = key in seen
+        seen.add(key)
+    return found
+
+
+def key_tuples(keys: pa.Table) -> list[tuple[Any, ...]]:
+    """Each row as a tuple of plain values."""
+    return list(zip(*(c.to_pylist() for c in keys.columns), strict=True))
+
+
+def json_rows(rows: pa.Table) -> list[str]:
+    """Each row as a JSON object; what JSON lacks (bytes, NaN, …) as text or null."""
+    return [orjson.dumps(r, default=str, option=orjson.OPT_UTC_Z).decode() for r in rows.to_pylist()]
+
+
+def _check_shape(schema: pa.Schema, source: Source) -> None:
+    wanted = arrow_schema(source)
+    missing = [n for n in wanted.names if n not in schema.names]
+    strange = [n for n in schema.names if n not in wanted.names]
+    twice = sorted({n for n in schema.names if schema.names.count(n) > 1})
+    faults = [
+        f"{word} {names}" for word, names in (("lacks", missing), ("has strange", strange), ("repeats", twice)) if names
+    ]
+    if faults:
+        raise ContractError(
+            f"a batch for source {source.name!r} {' and '.join(faults)}: send exactly the columns {wanted.names}"
+        )
+    for name in wanted.names:
+        given, needed = schema.field(name).type, wanted.field(name).type
+        if not _readable(given, needed):
+            hint = "; give it a time zone, UTC at best" if pa.types.is_timestamp(given) else ""
+            raise ContractError(
+                f"column {name!r} of a batch for source {source.name!r} is {given}, which can not be read as "
+                f"{needed}{hint}"
+            )
+
+
+def _readable(given: pa.DataType, needed: pa.DataType) -> bool:
+    """Whether values of one type may stand for another: text is parsed, numbers widened, times brought to µs UTC."""
+    t = pa.types
+    if t.is_dictionary(given):
+        given = given.value_type
+    if given.equals(needed) or t.is_null(given) or _is_text(given):
+        return True
+    if t.is_integer(needed) or t.is_floating(needed):
+        return bool(t.is_integer(given) or t.is_floating(given) or t.is_decimal(given))
+    return bool(t.is_timestamp(needed) and t.is_timestamp(given) and given.tz)
+
+
+def _is_text(given: pa.DataType) -> bool:
+    t = pa.types
+    return bool(t.is_string(given) or t.is_large_string(given) or t.is_string_view(given))
+
+
+def _as_type(raw: pa.Array, wanted: pa.DataType) -> tuple[pa.Array, np.ndarray]:
+    """The column in the wanted type, null where a value can not be read, and where that is."""
+    if pa.types.is_dictionary(raw.type):
+        raw = raw.dictionary_decode()
+    if raw.type.equals(wanted):
+        return raw, np.empty(0, np.int64)
+    pieces: list[pa.Array] = []
+    unreadable: list[int] = []
+    _cast(raw, 0, wanted, pieces, unreadable)
+    return pa.concat_arrays(pieces) if pieces else pa.array([], wanted), np.array(unreadable, np.int64)
+
+
+def _cast(raw: pa.Array, start: int, wanted: pa.DataType, pieces: list[pa.Array], unreadable: list[int]) -> None:
+    # One unreadable value fails the cast of a whole array, so it is halved until the value stands alone: k bad
+    # values of n cost k·log n casts, and none costs one.
+    try:
+        # A finer unit of time is cut to µs; a number that would lose digits is no number of that type.
+        pieces.append(pc.cast(raw, options=pc.CastOptions(wanted, allow_time_truncate=True)))
+    except pa.ArrowInvalid:
+        if len(raw) == 1:
+            pieces.append(pa.nulls(1, wanted))
+            unreadable.append(start)
+            return
+        half = len(raw) // 2
+        _cast(raw.slice(0, half), start, wanted, pieces, unreadable)
+        _cast(raw.slice(half), start + half, wanted, pieces, unreadable)
+
+
+def _check_values(reasons: np.ndarray, values: pa.Array, name: str, declared: Col, nullable: bool) -> None:
+    missing = pc.is_null(values, nan_is_null=True)
+    if not nullable and values.null_count + (declared.dtype == "float64"):
+        _mark(reasons, np.flatnonzero(missing.to_numpy(False)), f"null:{name}")
+    if declared.dtype in ("int64", "float64"):
+        numbers = values.fill_null(0).to_numpy(False)
+        wrong = np.isinf(numbers) if declared.dtype == "float64" else np.zeros(len(numbers), np.bool_)
+        if declared.ge is not None:
+            wrong |= numbers < declared.ge
+        if declared.le is not None:
+            wrong |= numbers > declared.le
+        if wrong.any():
+            _mark(reasons, np.flatnonzero(wrong & ~missing.to_numpy(False)), f"range:{name}")
+    if declared.one_of is not None:
+        strange = pc.invert(pc.is_in(values, value_set=pa.array(declared.one_of, values.type)))
+        _mark(reasons, np.flatnonzero(pc.and_(strange, values.is_valid()).to_numpy(False)), f"one_of:{name}")
+
+
+def _mark(reasons: np.ndarray, where: np.ndarray, reason: str) -> None:
+    reasons[where[reasons[where] == ""]] = reason
+
+
+def _check_freshness(accepted: pa.Table, source: Source, at: int | None) -> None:
+    if at is None or source.freshness is None or accepted.num_rows == 0:
+        return
+    newest = pc.max(accepted[source.time]).cast(pa.int64()).as_py()
+    if newest < at - duration_us(source.freshness):
+        seen, now = (datetime.fromtimestamp(t / 1e6, UTC).isoformat() for t in (newest, at))
+        raise ContractError(
+            f"the newest row of a batch for source {source.name!r} is of {seen}, but now is {now} and freshness is "
+            f"{source.freshness}: mend the feed, or load old rows as history (without `at`)"
+        )
+
+
+def _rejected(rows: pa.Table, reasons: np.ndarray, where: np.ndarray) -> pa.Table:
+    if not len(where):
+        return REJECTED_SCHEMA.empty_table()
+    return pa.table([json_rows(rows.take(where)), reasons[where].tolist()], schema=REJECTED_SCHEMA)
+
+
+def _column_words(values: pa.Array) -> np.ndarray:
+    """One uint64 per value."""
+    if pa.types.is_string(values.type):
+        coded = values.dictionary_encode()
+        seen = coded.dictionary.to_pylist()
+        words = np.array(
+            [int.from_bytes(hashlib.blake2b(v.encode(), digest_size=8).digest()) for v in seen] + [1], np.uint64
+        )
+        return words[coded.indices.fill_null(len(seen)).to_numpy(False)]
+    if pa.types.is_floating(values.type):
+        values = pc.add(values, 0.0).view(pa.int64())  # −0 and 0 are one key
+    return _mix(values.cast(pa.int64()).fill_null(0).to_numpy(False).view(np.uint64))
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's finisher: every bit of the input moves every bit of the output."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
