@@ -1,0 +1,283 @@
+"""The versions inside a replica: loaded, warmed up, swapped whole, and asked in batches.
+
+Invariants
+- A model changes over only when every version of its new configuration is loaded and has answered a trial batch;
+  else it stays as it was, and the failure is told by `ModelSet.failures`.
+- A batch sees one state of its model from beginning to end.
+- One caller's bad row is that caller's error alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymill.actors.predictions import PredictionLog, Scored
+from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
+from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
+from raymill.runtime.errors import Unavailable as NotThere
+
+_log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+Program = Callable[[Floats], Floats]
+"""[rows, n] float32 → probability [rows] float32."""
+_TRIAL_ROWS = (1, 2, 64)
+
+
+class FeatureReader(Protocol):
+    """Looks feature vectors up, as of a moment."""
+
+    def vectors(self, rows: pa.Table, at: npt.NDArray[np.int64]) -> Floats:
+        """[rows, features] float32, NaN where unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """The rows of one caller, with features to look up (`columns`) or ready (`x`)."""
+
+    ids: list[str]
+    at: npt.NDArray[np.int64]
+    keys: list[str | None]
+    texts: list[bytes | None]
+    columns: pa.Table | None = None
+    x: Floats | None = None
+    pinned: int | None = None
+    """Version that is to answer, whatever the weights."""
+    together: bool = False
+    """Whether one version answers all rows, chosen by the first id."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a caller gets for its rows."""
+
+    ids: list[str]
+    versions: npt.NDArray[np.int64]
+    p: Floats
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with every program that answers or shadows."""
+
+    spec: ModelSpec
+    programs: Mapping[int, Program]
+    reader: FeatureReader | None
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The versions that are loaded."""
+        return tuple(r for r in self.spec.routes if r.version in self.programs)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a version answers."""
+        return any(r.role.answers and r.weight > 0 for r in self.routes)
+
+    def check(self, question: Question) -> None:
+        """Refuse what can not be answered, before it waits.
+
+        Raises:
+            UnknownVersion: the pinned version is not served.
+            Unavailable: no version answers.
+        """
+        if question.pinned is not None and question.pinned not in self.programs:
+            raise UnknownVersion(
+                f"model {self.spec.name!r} does not serve version {question.pinned}: it serves {sorted(self.programs)}"
+            )
+        if question.pinned is None and not self.ready:
+            raise NotThere(f"model {self.spec.name!r} has no version that answers: promote one")
+
+    def ask(self, batch: list[Question], log: PredictionLog) -> list[Answer | RaymillError]:
+        """Answer a batch and log it; an answer or an error for each question, in order."""
+        found, errors = self._vectors(batch)
+        scored = []
+        for question, x in found:
+            try:
+                self.check(question)
+                scored.append((question, x))
+            except RaymillError as err:
+                errors[id(question)] = err
+        answers = self._score(scored, log, errors) if scored else {}
+        return [answers.get(id(q)) or errors[id(q)] for q in batch]
+
+    def _vectors(self, batch: list[Question]) -> tuple[list[tuple[Question, Floats]], dict[int, RaymillError]]:
+        wanting = [q for q in batch if q.columns is not None]
+        ready = [(q, q.x) for q in batch if q.x is not None]
+        if not wanting:
+            return ready, {}
+        try:
+            return ready + self._look_up(wanting), {}
+        except RaymillError as err:
+            if len(wanting) == 1:
+                return ready, {id(wanting[0]): err}
+        errors: dict[int, RaymillError] = {}
+        for question in wanting:
+            try:
+                ready += self._look_up([question])
+            except RaymillError as err:
+                errors[id(question)] = err
+        return ready, errors
+
+    def _look_up(self, batch: list[Question]) -> list[tuple[Question, Floats]]:
+        if self.reader is None:
+            raise RequestError(
+                f"model {self.spec.name!r} has no features to look up: "
+                f"send ready vectors to /v2/models/{self.spec.name}/infer"
+            )
+        tables = [q.columns for q in batch]
+        rows = tables[0] if len(tables) == 1 else pa.concat_tables(tables).combine_chunks()
+        x = self.reader.vectors(rows, np.concatenate([q.at for q in batch]))
+        edges = np.cumsum([len(q) for q in batch])[:-1]
+        return list(zip(batch, np.split(x, edges), strict=True))
+
+    def _score(
+        self, found: list[tuple[Question, Floats]], log: PredictionLog, errors: dict[int, RaymillError]
+    ) -> dict[int, Answer]:
+        x = found[0][1] if len(found) == 1 else np.concatenate([x for _, x in found])
+        edges = np.cumsum([0, *(len(q) for q, _ in found)])
+        routes = self.routes
+        chosen = self._choose([q for q, _ in found], routes)
+        p = np.empty(len(x), dtype=np.float32)
+        for place in np.unique(chosen).tolist():
+            mask = chosen == place
+            every = bool(mask.all())
+            p[mask] = self._run(routes[place], x if every else x[mask])
+        bad = np.flatnonzero(~np.isfinite(p))
+        if bad.size:
+            ill = set((np.searchsorted(edges, bad, side="right") - 1).tolist())
+            for i in ill:
+                errors[id(found[i][0])] = ContractError(
+                    f"model {self.spec.name!r} has no finite answer for a row of this request: its inputs are too large"
+                )
+            kept = [f for i, f in enumerate(found) if i not in ill]
+            return self._score(kept, log, errors) if kept else {}
+        questions = [q for q, _ in found]
+        versions = np.array([r.version for r in routes], dtype=np.int64)[chosen]
+        scored = self._scored(questions, versions, [str(routes[i].role) for i in chosen.tolist()], x, p)
+        versions, p = log.record(scored, self._shadows(questions, x))
+        return {
+            id(q): Answer(q.ids, versions[a:b], p[a:b])
+            for q, a, b in zip(questions, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        }
+
+    def _choose(self, questions: list[Question], routes: tuple[Route, ...]) -> npt.NDArray[np.int64]:
+        place = {r.version: i for i, r in enumerate(routes)}
+        found = []
+        for q in questions:
+            if q.pinned is None and not q.together:
+                found.append(choose(q.ids, routes))
+            else:
+                one = choose(q.ids[:1], routes)[0] if q.pinned is None else place[q.pinned]
+                found.append(np.full(len(q), one, dtype=np.int64))
+        return np.concatenate(found)
+
+    def _run(self, route: Route, x: Floats) -> Floats:
+        try:
+            return self.programs[route.version](x)
+        except (RuntimeError, ValueError, TypeError) as err:
+            raise ModelError(f"version {route.version} of model {self.spec.name!r} failed: {err}") from err
+
+    def _shadows(self, questions: list[Question], x: Floats) -> list[Scored]:
+        found = []
+        for route in (r for r in self.routes if r.role is Role.SHADOW):
+            try:
+                p = self._run(route, x)
+            except ModelError as err:  # a shadow's failure is nobody's answer
+                _log.warning("shadow: %s", err)
+                continue
+            versions = np.full(len(x), route.version, dtype=np.int64)
+            found.append(self._scored(questions, versions, [str(route.role)] * len(x), x, p))
+        return found
+
+    def _scored(
+        self, questions: list[Question], versions: npt.NDArray[np.int64], roles: list[str], x: Floats, p: Floats
+    ) -> Scored:
+        return Scored(
+            model=self.spec.name,
+            ids=[i for q in questions for i in q.ids],
+            versions=versions,
+            roles=roles,
+            at=np.concatenate([q.at for q in questions]),
+            keys=[k for q in questions for k in q.keys],
+            texts=[t for q in questions for t in q.texts],
+            x=x,
+            p=p,
+        )
+
+
+@dataclass
+class ModelSet:
+    """Every model of a replica; `apply` runs in a thread of its own while the models go on answering."""
+
+    fetch: Callable[[str], bytes]
+    """Program bytes by digest."""
+    load: Callable[[bytes], Program]
+    """Bytes → program."""
+    open_reader: Callable[[ModelSpec], FeatureReader | None]
+    """Feature reader of a model with a plan."""
+    models: dict[str, LoadedModel] = field(default_factory=dict)
+    """What answers now; replaced whole."""
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Model → version → why it could not be loaded; that model stayed as it was."""
+    generation: str = ""
+    """Name of the configuration applied last."""
+
+    def apply(self, config: Mapping[str, Any]) -> None:
+        """Bring the models to `config`; what can not be loaded is told by `failures` and takes no traffic."""
+        cache = {r.digest: m.programs[r.version] for m in self.models.values() for r in m.routes}
+        models: dict[str, LoadedModel] = {}
+        failures: dict[str, dict[int, str]] = {}
+        for name, spec in from_user_config(config).items():
+            before = self.models.get(name)
+            loaded, failed = self._load(spec, before, cache)
+            if failed:
+                failures[name] = failed
+                _log.error("model %s: versions %s were not loaded", name, failed)
+            if loaded is not None:
+                models[name] = before if failed and before is not None else loaded
+            elif before is not None:
+                models[name] = before
+        self.models, self.failures, self.generation = models, failures, generation(config)
+
+    def _load(
+        self, spec: ModelSpec, before: LoadedModel | None, cache: dict[str, Program]
+    ) -> tuple[LoadedModel | None, dict[int, str]]:
+        try:
+            same = before is not None and before.spec.plan == spec.plan
+            reader = before.reader if before is not None and same else self.open_reader(spec)
+        except Exception as err:  # noqa: BLE001 - whatever a damaged store raises, the model must not take traffic
+            why = f"its features can not be read: {type(err).__name__}: {err}"
+            return None, {r.version: why for r in spec.routes}
+        programs: dict[int, Program] = {}
+        failed: dict[int, str] = {}
+        for route in spec.routes:
+            try:
+                if route.digest not in cache:
+                    cache[route.digest] = self._warm(spec, self.load(self.fetch(route.digest)))
+                programs[route.version] = cache[route.digest]
+            except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
+                failed[route.version] = f"{type(err).__name__}: {err}"
+        return LoadedModel(spec, programs, reader), failed
+
+    def _warm(self, spec: ModelSpec, program: Program) -> Program:
+        """A trial: zeros and unknowns, several sizes; what answers them wrongly is refused."""
+        for rows in _TRIAL_ROWS:
+            x = np.zeros((rows, len(spec.inputs)), dtype=np.float32)
+            x[rows // 2 :] = np.nan
+            p = program(x)
+            if p.shape != (rows,) or p.dtype != np.float32 or not bool(np.isfinite(p).all()):
+                raise ModelError(
+                    f"a trial batch of {rows} rows got {p.dtype}{list(p.shape)} {p[:2]}: not probabilities"
+                )
+        return program
