@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
 from importlib.util import find_spec
@@ -36,8 +35,8 @@ ZONES_NOT_IN_FILE = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), "America/Puerto_
 """Destinations that the package's airports.csv lacks."""
 KNOWN_SINCE = "2013-01-01"
 """From when on the register of planes counts as known: before the first departure."""
-SEEDED = "seeded-"
-"""Batch ids of the corrupted rows begin with this; the real bad row's batch does not."""
+SEEDED_DAYS = ("2013-05-07", "2013-06-11", "2013-07-09")
+"""Event dates with whose rows the corrupted ones come, unless others are named."""
 
 _DAY_MINUTES = 1440
 
@@ -138,22 +137,6 @@ WEATHER = Source("weather", key=["origin", "time_hour"], time="time_hour", schem
 PLANES = Source("planes", key=["tailnum"], time="known", schema=PLANES_SCHEMA, read=planes)
 
 
-@dataclass(frozen=True, slots=True)
-class Seeded:
-    """Corrupted rows of one source and day; every one of them must end in quarantine."""
-
-    day: str
-    """Event date, YYYY-MM-DD: ingest it with that day's rows, before or after them."""
-    source: str
-    """Source that it pretends to come from."""
-    batch_id: str
-    """`seeded-<source>-<day>`."""
-    rows: pa.Table
-    """The rows, all text, as a broken export sends them."""
-    reasons: tuple[str, ...]
-    """Why each row is to be refused, in order."""
-
-
 FAULTS: tuple[tuple[str, dict[str, str | None], str], ...] = (
     ("flights", {"origin": None}, "null:origin"),
     ("flights", {"flight": "UA-15?5"}, "type:flight"),
@@ -168,22 +151,22 @@ FAULTS: tuple[tuple[str, dict[str, str | None], str], ...] = (
 """Source, what is broken in a copy of a sound row, and the reason it is refused: each row another fault."""
 
 
-def seeded_bad_rows(days: Sequence[str]) -> list[Seeded]:
-    """Every fault of `FAULTS` once, dealt out over the days in turn; the same days give the same rows.
+def seeded_bad_rows(days: Sequence[str] = SEEDED_DAYS) -> list[tuple[str, str, pa.Table]]:
+    """Every fault of `FAULTS` once, dealt out over event dates: (source, date, rows all text, as a broken export).
 
-    The sound row that is spoilt is the source's first of the day before (that is what makes the unspoilt copy a
-    duplicate); so a day's predecessor must have been ingested before its seeded rows are.
+    The same dates give the same rows. The sound row that is spoilt is the source's first of the day before (that is
+    what makes the unspoilt copy a duplicate); so that day must have been ingested when its rows are.
 
     Raises:
         StoreError: the data has no rows of the day before a named day.
     """
-    dealt: dict[tuple[str, str], list[tuple[dict[str, str | None], str]]] = {}
-    for i, (source, broken, reason) in enumerate(FAULTS):
-        dealt.setdefault((days[i % len(days)], source), []).append((broken, reason))
-    return [_seeded(day, source, faults) for (day, source), faults in sorted(dealt.items())]
+    dealt: dict[tuple[str, str], list[dict[str, str | None]]] = {}
+    for i, (source, broken, _) in enumerate(FAULTS):
+        dealt.setdefault((days[i % len(days)], source), []).append(broken)
+    return [(source, day, _spoilt(day, source, faults)) for (day, source), faults in sorted(dealt.items())]
 
 
-def _seeded(day: str, source: str, faults: list[tuple[dict[str, str | None], str]]) -> Seeded:
+def _spoilt(day: str, source: str, faults: list[dict[str, str | None]]) -> pa.Table:
     rows, time = {"flights": (flights, "scheduled_departure"), "weather": (weather, "time_hour")}[source]
     moments = rows()[time].to_numpy()
     # From 06:00 UTC on: the local day has begun, so a flight's `date` is the day before as well.
@@ -191,9 +174,8 @@ def _seeded(day: str, source: str, faults: list[tuple[dict[str, str | None], str
     if i == len(moments) or moments[i] >= np.datetime64(day):
         raise StoreError(f"the day before {day} has no {source}: name days from 2013-01-02 to 2013-12-31")
     sound = {n: _text(v) for n, v in rows().slice(i, 1).to_pylist()[0].items()}
-    spoilt = [{**sound, **broken} for broken, _ in faults]
-    table = pa.Table.from_pylist(spoilt, schema=pa.schema([(n, pa.string()) for n in sound]))
-    return Seeded(day, source, f"{SEEDED}{source}-{day}", table, tuple(reason for _, reason in faults))
+    schema = pa.schema([(n, pa.string()) for n in sound])
+    return pa.Table.from_pylist([{**sound, **broken} for broken in faults], schema=schema)
 
 
 def _text(value: Any) -> str | None:
