@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
 
+from raymill.actors.detectors import Regret
 from raymill.actors.gate import Decision
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.messages import Verdict
@@ -25,6 +26,9 @@ MIN_CANARY_LABELS = 200
 
 LONGEST_CANARY = 3
 """A canary that has not met `MIN_CANARY_LABELS` after this many times its period is rolled back."""
+
+MUCH_DRIFT = 0.25
+"""PSI that is called much, by custom."""
 
 
 class Phase(StrEnum):
@@ -196,6 +200,25 @@ class State:
         """The state that `to_json` wrote."""
         due = tuple(Instruction(**i) for i in value["due"])
         return cls(**{**value, "phase": Phase(value["phase"]), "due": due, "history": tuple(value["history"])})
+
+
+def worth_it(found: Regret, labelled: int, drift: dict[str, float], monitor: Monitor) -> tuple[bool, str]:
+    """Whether a retrain is worth it, and why: proven regret above what is tolerated, on enough labels."""
+    drifted = sorted((n for n, psi in drift.items() if psi > MUCH_DRIFT), key=lambda n: -drift[n])
+    diagnosis = f"; {len(drifted)} of {len(drift)} inputs drifted, most of all {drifted[0]}" if drifted else ""
+    if labelled < monitor.min_labels:
+        return False, f"too few labels: {labelled} of {monitor.min_labels}{diagnosis}"
+    if not found.alternative:
+        return False, f"there is no alternative to compare with{diagnosis}"
+    figures = (
+        f"{found.regret:+.2f} {monitor.unit} a prediction against {found.alternative}, at least {found.low:+.2f} "
+        f"at {monitor.confidence:.0%}, on {labelled} labels"
+    )
+    if found.low <= 0:
+        return False, f"no regret is proven: {figures}{diagnosis}"
+    if found.regret <= monitor.tolerance:
+        return False, f"regret is within the tolerance of {monitor.tolerance:g}: {figures}{diagnosis}"
+    return True, f"regret: {figures}{diagnosis}"
 
 
 def step(state: State, fact: Fact, rules: RetrainRules) -> State:
