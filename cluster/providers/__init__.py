@@ -1,0 +1,1 @@
+"""Where nodes come from: one file per provider, behind Ray's own `NodeProvider`."""

@@ -1,0 +1,181 @@
+"""What a session hands to Ray: its environment and the autoscaler's file, as values (pure).
+
+The only place that names RAY_* variables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raymill.cluster.ports import BLOCK, Ports
+from raymill.cluster.processes import SESSION_MARK
+from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
+from raymill.runtime.home import HOME_VARIABLE, Home
+
+CLUSTER_NAME = "raymill"
+HEAD_INSTANCE = "head"
+"""Instance id of the head."""
+INSTANCE_LABEL = "raymill.io/instance"
+TYPE_LABEL = "raymill.io/node-type"
+MARKET_LABEL = "raymill.io/market"
+
+DRAIN_S = 2
+"""How long Serve keeps a leaving replica or proxy for the requests it has; its own default is 30."""
+
+_FOREIGN = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_NODE_TYPE_NAME",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+)
+"""Variables of another cluster or of an enclosing job, which must not reach ours."""
+
+
+def client_environment(home: Home, ports: Ports, address: str, token: Path, bin_dir: Path, path: str) -> dict[str, str]:
+    """Variables for a process that attaches to the session: where it is, and how to be let in."""
+    return {
+        HOME_VARIABLE: str(home.root),
+        "RAY_ADDRESS": address,
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports.dashboard}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": path if path.split(os.pathsep)[0] == str(bin_dir) else f"{bin_dir}{os.pathsep}{path}",
+        "NUMBA_CACHE_DIR": str(home.kernels),
+        "TORCH_EXTENSIONS_DIR": str(home.kernels / "torch_extensions"),
+        **serve_environment(ports),
+    }
+
+
+def cluster_environment(
+    base: Mapping[str, str], client: Mapping[str, str], home: Home, scratch: Path, ports: Ports, interface: str = ""
+) -> dict[str, str]:
+    """Variables of the head and, by inheritance, of every process of the session.
+
+    Args:
+        base: the caller's own environment.
+        client: what `client_environment` said.
+        home: the session's home; its root is the mark of its processes.
+        scratch: short-named folder for sockets, Ray's session and HAProxy.
+        ports: the session's ports.
+        interface: network interface that reaches all nodes, where they do not share one.
+    """
+    return {
+        **{k: v for k, v in base.items() if k not in _FOREIGN},
+        **{k: v for k, v in client.items() if k not in _FOREIGN},
+        SESSION_MARK: str(home.root),
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_INSTANCE,
+        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
+        "RAY_worker_niceness": "0",  # Ray's 15 starves workers wherever anything else runs
+        "RAY_health_check_period_ms": "1000",  # a killed raylet is noticed in about 4 s, not 16
+        "RAY_health_check_failure_threshold": "4",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S),
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        **haproxy_files(scratch),
+        **(
+            {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")}
+            if interface
+            else {}
+        ),
+        **({} if Path("/dev/nvidiactl").exists() else {"DS_ACCELERATOR": "cpu"}),
+    }
+
+
+def serve_environment(ports: Ports) -> dict[str, str]:
+    """Serve's variables: controller, proxy, replicas and whoever deploys read them."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # it parses one log line a request, in Python
+        "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a killed replica costs no request
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "15",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replica_http),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replica_http + BLOCK),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc + BLOCK),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+    }
+
+
+def haproxy_files(scratch: Path) -> dict[str, str]:
+    """Where HAProxy keeps its files: under our own folder, so that an orphan is known by its config path.
+
+    Serve adds the node id (56 characters), and a Unix socket's path ends at 107: hence the short names.
+    """
+    folder = scratch / "ha"
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+    }
+
+
+def serve_options(ports: Ports) -> dict[str, Any]:
+    """The part of Serve's REST config that says where it listens; every PUT of the session repeats it."""
+    return {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": ports.serve}}
+
+
+def autoscaling_document(config: ClusterConfig, home: Home, address: str, scratch: Path) -> dict[str, Any]:
+    """The file behind `ray start --autoscaling-config`; it carries the empty keys that `ray up` would have filled."""
+    types: dict[str, Any] = {
+        HEAD_TYPE: {
+            "resources": {"CPU": config.head.cpus, "GPU": config.head.gpus, **config.head.resources},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 0,
+        }
+    }
+    for name, kind in config.node_types.items():
+        types[name] = {
+            "resources": {**kind.resources, "memory": kind.memory_mb * 2**20},
+            "labels": {MARKET_LABEL: kind.market, TYPE_LABEL: name, **kind.labels},
+            "node_config": {"object_store_memory": kind.object_store_mb * 2**20, "market": kind.market},
+            "min_workers": kind.min_workers,
+            "max_workers": kind.max_workers,
+        }
+    return {
+        "cluster_name": CLUSTER_NAME,
+        "max_workers": config.provider.max_workers,
+        "idle_timeout_minutes": config.provider.idle_timeout_s / 60,
+        "upscaling_speed": 100.0,
+        "provider": {
+            "type": "external",
+            "module": "raymill.cluster.providers.local.LocalProvider",
+            "disable_node_updaters": True,
+            "home": str(home.root),
+            "address": address,
+            "scratch": str(scratch),
+            "isolate": config.provider.isolate,
+            "launch_timeout_s": config.provider.launch_timeout_s,
+        },
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": types,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+        "no_restart": False,
+    }

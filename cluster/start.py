@@ -1,0 +1,179 @@
+"""Starting the processes of a session: the head by `ray start`, Serve by its REST config."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import yaml
+
+from raymill.cluster.environment import (
+    HEAD_INSTANCE,
+    INSTANCE_LABEL,
+    TYPE_LABEL,
+    autoscaling_document,
+    cluster_environment,
+)
+from raymill.cluster.providers import namespace
+from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
+from raymill.runtime.errors import ClusterError
+from raymill.runtime.home import Home
+
+if TYPE_CHECKING:
+    from raymill.cluster.session import Session
+
+HEAD_TIMEOUT_S = 120.0
+SERVE_TIMEOUT_S = 90.0
+MIN_DISK_MB = 2_000
+"""Free disk below which Ray's logs and spilled objects, or the lake, would soon fail."""
+OWN_MEMORY_MB = 2_500
+"""Memory of the control processes, replicas and two worker nodes, as measured, beside the object stores."""
+
+
+def check_machine(home: Home, config: ClusterConfig) -> None:
+    """Refuse a machine that is too small.
+
+    Raises:
+        ClusterError: names what is short, how much there is, and how much is needed.
+    """
+    workers = sum(kind.object_store_mb * kind.max_workers for kind in config.node_types.values())
+    stores_mb = config.head.object_store_mb + (0 if config.provider.isolate else workers)
+    home.root.mkdir(parents=True, exist_ok=True)
+    have_need = {
+        f"disk at {home.root}": (shutil.disk_usage(home.root).free >> 20, MIN_DISK_MB),
+        "disk at /tmp": (shutil.disk_usage("/tmp").free >> 20, MIN_DISK_MB),
+        "shared memory at /dev/shm": (shutil.disk_usage("/dev/shm").free >> 20, stores_mb),
+        "memory": (psutil.virtual_memory().available >> 20, OWN_MEMORY_MB + stores_mb),
+    }
+    short = [f"{what}: {have} MB free, {need} MB needed" for what, (have, need) in have_need.items() if have < need]
+    if short:
+        raise ClusterError("; ".join(short) + ": free some, or lower object_store_mb and max_workers in cluster.toml")
+
+
+def own_address() -> str:
+    """This machine's address as Ray picks it: that of the route outward, else loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))  # sends nothing: UDP only asks for the route
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def head_log(home: Home) -> Path:
+    """What `ray start` of the head printed."""
+    return home.cluster / "logs" / "head.log"
+
+
+def head(session: Session, config: ClusterConfig) -> None:
+    """Run `ray start --head` to its end.
+
+    Raises:
+        ClusterError: it failed or hung; holds the end of its log.
+    """
+    home, ports = session.home, session.ports
+    assert ports is not None
+    scratch = Path(session.scratch)
+    _own_folder(scratch)
+    document = home.cluster / "autoscaling.yaml"
+    document.write_text(yaml.safe_dump(autoscaling_document(config, home, session.address, scratch), sort_keys=False))
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        f"--node-ip-address={session.address.rpartition(':')[0]}",
+        f"--port={ports.gcs}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={ports.dashboard}",
+        f"--dashboard-agent-listen-port={ports.agent}",
+        f"--ray-client-server-port={ports.client}",
+        f"--temp-dir={scratch}",
+        f"--num-cpus={config.head.cpus}",
+        f"--num-gpus={config.head.gpus}",
+        f"--memory={config.head.memory_mb << 20}",
+        f"--object-store-memory={config.head.object_store_mb << 20}",
+        f"--resources={json.dumps(config.head.resources)}",
+        f"--labels={INSTANCE_LABEL}={HEAD_INSTANCE},{TYPE_LABEL}={HEAD_TYPE}",
+        f"--autoscaling-config={document}",
+        *("--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"),
+    ]
+    interface = namespace.network_of(home.root).name if session.isolate else ""
+    environment = cluster_environment(os.environ, session.environment(), home, scratch, ports, interface)
+    log = head_log(home)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        try:
+            code = subprocess.run(
+                command,
+                env=environment,
+                cwd=home.cluster,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=HEAD_TIMEOUT_S,
+                start_new_session=True,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as err:
+            raise ClusterError(f"`ray start --head` hung for {HEAD_TIMEOUT_S:.0f} s: see {log} and {scratch}") from err
+    if code != 0:
+        raise ClusterError(f"`ray start --head` failed with {code}; the end of {log}:\n{_tail(log)}")
+
+
+def serve(session: Session) -> None:
+    """Start Serve's controller and HAProxy, without an application, and wait until the port answers.
+
+    Raises:
+        ClusterError: the dashboard refuses, or the port stays shut.
+    """
+    assert session.ports is not None
+    put_serve(session, {**session.serve_options(), "applications": []})
+    deadline = time.monotonic() + SERVE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", session.ports.serve)) == 0:
+                return
+        time.sleep(0.05)
+    raise ClusterError(
+        f"Serve's proxy does not listen on {session.serve_url}: see {session.scratch}/session_latest/logs/serve"
+    )
+
+
+def put_serve(session: Session, document: dict[str, Any]) -> None:
+    """PUT Serve's whole REST config."""
+    request = urllib.request.Request(
+        f"{session.dashboard_url}/api/serve/applications/",
+        data=json.dumps(document).encode(),
+        method="PUT",
+        headers={"Authorization": f"Bearer {session.token}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SERVE_TIMEOUT_S):
+            return
+    except urllib.error.HTTPError as err:
+        said = err.read().decode(errors="replace")[-800:]
+        raise ClusterError(f"Serve did not start: {request.full_url} answers {err.code}: {said}") from err
+    except OSError as err:
+        raise ClusterError(
+            f"Ray's dashboard {session.dashboard_url} does not answer ({err}): see {session.scratch}"
+        ) from err
+
+
+def _own_folder(scratch: Path) -> None:
+    """The scratch folder, which nobody else may have laid there."""
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    if scratch.is_symlink() or scratch.stat().st_uid != os.getuid():
+        raise ClusterError(f"{scratch} belongs to another user: remove it")
+    scratch.chmod(0o700)
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
