@@ -127,13 +127,22 @@ class ViewPlan:
 
     def empty(self, rows: int) -> Floats:
         """Leaves of rows whose entity has no events: 0 for counts and sums, else NaN."""
+        out = np.empty((rows, len(self.leaves)), dtype=np.float64)
+        out[:] = self._empty
+        return out
+
+    @cached_property
+    def _empty(self) -> Floats:
         kinds = self.leaves[:, 0]
-        return np.tile(np.where((kinds == COUNT) | (kinds == SUM), 0.0, np.nan), (rows, 1))
+        return np.where((kinds == COUNT) | (kinds == SUM), 0.0, np.nan)
 
     def finish(self, leaves: Floats) -> list[Floats]:
         """Feature values [rows] each, from the leaves [rows, leaves]."""
         columns: Columns = {str(j): leaves[:, j] for j in range(leaves.shape[1])}
-        return [evaluate(e, columns, len(leaves)) for e in self._lowered.finish]
+        return [
+            columns[e.name] if isinstance(e, Column) else evaluate(e, columns, len(leaves))
+            for e in self._lowered.finish
+        ]
 
 
 @dataclass(frozen=True)
@@ -176,12 +185,12 @@ class FeaturePlan:
         """The plan of views for rows of a source, without a pipeline around them."""
         return cls(name, SourcePlan.of(rows), tuple(_view(v) for v in views))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """`<view>.<feature>` of every input, in order."""
         return tuple(f"{v.name}.{n}" for v in self.views for n in v.features)
 
-    @property
+    @cached_property
     def event_views(self) -> tuple[ViewPlan, ...]:
         """The views that read events."""
         return tuple(v for v in self.views if isinstance(v, ViewPlan))
@@ -221,7 +230,7 @@ class FeaturePlan:
             leaves: view → leaves, as `windows.sweep` fills them.
             rows: number of rows.
         """
-        out = np.empty((rows, len(self.names)), dtype=np.float32)
+        out = np.empty((rows, len(self.names)), dtype=np.float64)
         j = 0
         for view in self.views:
             if isinstance(view, ViewPlan):
@@ -229,9 +238,9 @@ class FeaturePlan:
             else:
                 values = [evaluate(e, request, rows) for e in view.features.values()]
             for value in values:
-                out[:, j] = to_float32(value)
+                out[:, j] = value
                 j += 1
-        return out
+        return to_float32(out)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

@@ -111,15 +111,12 @@ def entity_codes(view: ViewPlan, *tables: pa.Table) -> tuple[Ints, Ints, int]:
     unknown = np.zeros(len(codes), dtype=np.bool_)
     groups = 1
     for name in view.entity:
-        kind = _key_type(view.source.dtypes[name])
-        both = pa.chunked_array([c for t in tables for c in _column(t, name).cast(kind).chunks], type=kind)
-        encoded = both.combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.unify_dictionaries().combine_chunks()
+        both = [entity_column(t, name, view.source.dtypes[name]) for t in tables]
+        encoded = pa.concat_arrays(both).dictionary_encode()
         unknown |= np.asarray(encoded.is_null())
         part = np.asarray(encoded.indices.fill_null(0)).astype(np.int64)
         size = max(len(encoded.dictionary), 1)
-        codes = codes * size + part
+        codes = codes * size + part  # mixed radix over the columns' dictionaries
         groups *= size
         if groups > _DENSE:
             distinct, codes = np.unique(codes, return_inverse=True)
@@ -150,9 +147,21 @@ def key_hashes(rows: pa.Table, key: tuple[str, ...], dtypes: Mapping[str, str]) 
     return state
 
 
-def _key_type(dtype: str) -> pa.DataType:
-    kinds = {"string": pa.string(), "timestamp": pa.timestamp("us", "UTC"), "bool": pa.bool_()}
-    return kinds.get(dtype, pa.int64())
+def entity_column(rows: pa.Table, name: str, dtype: str) -> pa.Array:
+    """A column of an entity's key as strings or int64 (timestamps as µs).
+
+    Raises:
+        ContractError: the column is missing or no such type.
+    """
+    column = _column(rows, name)
+    try:
+        if dtype == "string":
+            column = column.cast(pa.large_string())
+        else:
+            column = (column.cast(pa.timestamp("us", "UTC")) if dtype == "timestamp" else column).cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+        raise ContractError(f"entity column {name!r} is {column.type}, which is no {dtype}: {err}") from err
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _column(rows: pa.Table, name: str) -> pa.ChunkedArray:

@@ -1,0 +1,271 @@
+"""The online store: the same vectors as the join, exactly once, readable from other processes, whole after kill -9."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.online import OnlineReader, OnlineStore, entity_key
+from raymill.actors.point_in_time import join
+from raymill.runtime.errors import ContractError, RequestError, Unavailable, UnknownEntity
+from raymill.runtime.expressions import col
+from raymill.runtime.spec import Col, FeatureView, OnDemand, Source
+
+UTC = pa.timestamp("us", "UTC")
+MINUTE = 60_000_000
+RIDES = Source(
+    "rides",
+    key=["id"],
+    time="left",
+    known_at="arrived",
+    schema={
+        "id": Col("int64"),
+        "left": Col("timestamp"),
+        "arrived": Col("timestamp", nullable=True),
+        "line": Col("string", nullable=True),
+        "stop": Col("int64"),
+        "delay": Col("float64", nullable=True),
+    },
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("left", UTC),
+        ("arrived", UTC),
+        ("line", pa.string()),
+        ("stop", pa.int64()),
+        ("delay", pa.float64()),
+    ]
+)
+DELAY = col("delay")
+VIEWS = [
+    FeatureView(
+        "line",
+        RIDES,
+        entity="line",
+        features={
+            "mean": DELAY.mean("30m"),
+            "late": (DELAY > 3).mean("2h"),
+            "top": DELAY.max("1h"),
+            "n": DELAY.count("1h"),
+        },
+    ),
+    FeatureView(
+        "place", RIDES, entity=["line", "stop"], max_age="20m", features={"delay": DELAY, "sum": DELAY.sum("2h")}
+    ),
+    FeatureView("newest", RIDES, entity="stop", features={"delay": DELAY, "gap": DELAY.min("1h") - DELAY.last("2h")}),
+    OnDemand("clock", {"hour": col("left").hour(), "on_a": col("line").eq("a")}),
+]
+PLAN = FeaturePlan.of_views(VIEWS, RIDES)
+
+
+def rides(dice: random.Random, n: int, first: int = 0, start: int = 0) -> list[dict[str, Any]]:
+    """One a minute or two, some late, some lost, some at the same moment."""
+    made, now = [], start
+    for i in range(n):
+        now += dice.choice([0, 0, 1, 2, 5]) * MINUTE
+        arrived = now + dice.choice([0, 3, 10, 45, 100]) * MINUTE
+        made.append(
+            {
+                "id": first + i,
+                "left": now,
+                "arrived": None if dice.random() < 0.05 else arrived,
+                "line": dice.choice(["a", "b", "c", None]),
+                "stop": dice.randrange(3),
+                "delay": dice.choice([None, -1.0, 0.1, 1 / 3, 4.0, 17.25]),
+            }
+        )
+    return made
+
+
+def table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def moments(rows: pa.Table) -> np.ndarray:
+    return np.array(rows.column("left").cast(pa.int64()))
+
+
+def small_store(path: Path, keep: str = "2h") -> OnlineStore:
+    return OnlineStore(path, PLAN, keep=keep)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[OnlineStore]:
+    opened = small_store(tmp_path / "online")
+    yield opened
+    opened.close()
+
+
+def reader(store: OnlineStore) -> OnlineReader:
+    return OnlineReader(store._path, PLAN)
+
+
+def test_twelve_thousand_replayed_rows_have_the_offline_vectors_bit_for_bit(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "online", keep="12h")
+    facts = table(rides(random.Random(1), 12_000))
+    at = moments(facts)
+    offline = join(facts, PLAN, {"rides": facts}, at="left")
+    ask = reader(store)
+    for first in range(0, len(facts), 400):
+        batch = facts.slice(first, 400)
+        store.ingest("rides", batch)
+        online = ask.vectors(batch, at[first : first + 400])
+        assert online.tobytes() == offline[first : first + 400].tobytes()
+    alone = [ask.vectors(facts.slice(i, 1), at[i : i + 1]) for i in range(11_900, 12_000)]
+    assert np.concatenate(alone).tobytes() == offline[11_900:].tobytes()
+    assert np.isfinite(offline).mean() > 0.5
+    ask.close()
+    store.close()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**40))
+def test_order_repetition_and_size_of_batches_do_not_matter(seed: int, tmp_path_factory: Any) -> None:
+    dice = random.Random(seed)
+    facts = rides(dice, 120)
+    opened = small_store(tmp_path_factory.mktemp("online"))
+    late, rest = facts[::7], list(facts)
+    dice.shuffle(late)
+    while rest:
+        n = dice.randrange(1, 60)
+        for _ in range(dice.choice([1, 1, 2])):
+            opened.ingest("rides", table(rest[:n]))
+        rest = rest[n:]
+    opened.ingest("rides", table(late))
+    end = facts[-1]["left"]
+    asked = table(rides(dice, 40))
+    at = np.array([end + dice.randrange(-120, 200) * MINUTE for _ in range(40)])
+    ask = reader(opened)
+    online = ask.vectors(asked, at)
+    assert online.tobytes() == join(asked, PLAN, {"rides": table(facts)}, at=at).tobytes()
+    ask.close()
+    opened.close()
+
+
+def test_moment_before_what_is_kept_is_refused_not_answered_wrongly(store: OnlineStore) -> None:
+    facts = table(rides(random.Random(2), 2000))
+    store.ingest("rides", facts)
+    newest = int(moments(facts).max())
+    ask = reader(store)
+    ask.vectors(facts.slice(0, 1), np.array([newest - 120 * MINUTE]))
+    with pytest.raises(RequestError, match="before"):
+        ask.vectors(facts.slice(0, 1), np.array([newest - 121 * MINUTE]))
+    ask.close()
+
+
+def test_unknown_and_null_entities_give_empty_values_unless_the_view_is_required(store: OnlineStore) -> None:
+    store.ingest("rides", table(rides(random.Random(3), 50)))
+    stranger = table([{"id": 1, "left": 0, "arrived": 0, "line": "zz", "stop": 9, "delay": None}])
+    ask = reader(store)
+    vector = dict(zip(PLAN.names, ask.vectors(stranger, np.array([10 * MINUTE]))[0].tolist(), strict=True))
+    assert (vector["line.n"], vector["place.sum"], vector["clock.on_a"]) == (0.0, 0.0, 0.0)
+    assert np.isnan([vector["line.mean"], vector["newest.delay"]]).all()
+    views = [FeatureView("line", RIDES, entity="line", features=VIEWS[0].features, required=True)]
+    strict = FeaturePlan.of_views(views, RIDES)
+    strictly = OnlineStore(store._path, strict)
+    strictly.ingest("rides", table(rides(random.Random(3), 50)))
+    with pytest.raises(UnknownEntity, match="row 0: line='zz' was never seen"):
+        OnlineReader(store._path, strict).vectors(stranger, np.array([0]))
+
+
+def test_store_or_view_that_was_not_filled_is_unavailable_and_a_missing_column_named(store: OnlineStore) -> None:
+    row = table(rides(random.Random(4), 1))
+    with pytest.raises(Unavailable, match="not filled"):
+        reader(store).vectors(row, np.array([0]))
+    store.ingest("rides", row)
+    other = FeaturePlan.of_views([FeatureView("line", RIDES, entity="line", features={"n": DELAY.count("5m")})], RIDES)
+    with pytest.raises(Unavailable, match="view 'line'"):
+        OnlineReader(store._path, other).vectors(row, np.array([0]))
+    with pytest.raises(ContractError, match="'stop'"):
+        reader(store).vectors(row.drop(["stop"]), np.array([0]))
+
+
+def test_lake_version_follows_only_when_no_version_was_missed(store: OnlineStore) -> None:
+    batch = table(rides(random.Random(5), 10))
+    assert store.lake_version("rides") == -1
+    store.ingest("rides", batch, lake_version=0)
+    store.ingest("rides", batch, lake_version=1)
+    assert store.lake_version("rides") == 1
+    store.ingest("rides", batch, lake_version=3)
+    assert store.lake_version("rides") == 1
+    store.ingest("rides", batch, lake_version=3, whole=True)
+    assert store.lake_version("rides") == 3
+    store.replace({"rides": batch}, {"rides": 4})
+    assert store.lake_version("rides") == 4
+
+
+def test_entity_keys_are_unambiguous_and_short() -> None:
+    values = [
+        ("a", "bc"),
+        ("ab", "c"),
+        ("a", 1),
+        ("a", "1"),
+        (1, "a"),
+        ("a1:",),
+        ("x" * 900,),
+        ("x" * 901,),
+        (True, "a"),
+    ]
+    keys = [entity_key(v) for v in values[:-1]]
+    assert len(set(keys)) == len(keys)
+    assert max(map(len, keys)) <= 400
+    assert entity_key((True, "a")) == entity_key((1, "a"))
+
+
+WRITER = """
+import random, sys
+sys.path.insert(0, {tests!r})
+import test_online as t
+store = t.small_store({path!r}, keep="9d")
+facts = t.rides(random.Random(6), 4000)
+print("ready", flush=True)
+for first in range(0, 4000, 20):
+    store.ingest("rides", t.table(facts[first : first + 20]))
+    print(first + 20, flush=True)
+"""
+
+
+def test_writer_killed_at_any_point_loses_nothing_acknowledged_and_readers_see_it_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "online"
+    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent), path=str(path))
+    facts = rides(random.Random(6), 4000)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    ask = OnlineReader(path, PLAN)
+    done = 0
+    for line in process.stdout:
+        done = int(line)
+        if done in (60, 400):
+            assert_holds(ask, facts, done)
+        if done == 600:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_holds(ask, facts, done)
+    store = small_store(path, keep="9d")
+    store.ingest("rides", table(facts[done - 20 : done + 20]))
+    assert_holds(ask, facts, done + 20)
+    ask.close()
+    store.close()
+
+
+def assert_holds(ask: OnlineReader, facts: list[dict[str, Any]], done: int) -> None:
+    """The reader answers from the first `done` rows; the writer may be ahead, by rows that leave at that moment or later."""
+    asked = table(facts[done - 20 : done])
+    at = np.full(20, facts[done - 1]["left"] - 1, dtype=np.int64)
+    known = table([f for f in facts if f["left"] <= at[0]])
+    assert ask.vectors(asked, at).tobytes() == join(asked, PLAN, {"rides": known}, at=at).tobytes()
