@@ -1,8 +1,8 @@
 """Whether rows fit what their source declares: pure; bad rows get a reason, a batch of another shape is refused.
 
-Reasons, the first that holds: `type:<column>` (the value can not be read as the column's type), `null:<column>`,
-`range:<column>`, `one_of:<column>`, `duplicate_key`. A key or time column is never null, whatever the schema says;
-NaN is null; an infinity is out of range.
+Reasons: `type:<column>` (the value can not be read as the column's type), `null:<column>`, `range:<column>`,
+`one_of:<column>`, `duplicate_key`. A row gets one: types first, then column by column as declared, the key last.
+A key or time column is never null, whatever the schema says; NaN is null; an infinity is out of range.
 
 Invariants
 - Every row is either accepted or rejected, in the order given; nothing is repaired or guessed.
