@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from raymill.actors.predictions import PredictionLog, Scored
 from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
+from raymill.actors.wire import ARROW_TYPES
 from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
 
@@ -255,7 +257,7 @@ class ModelSet:
     ) -> tuple[LoadedModel | None, dict[int, str]]:
         try:
             same = before is not None and before.spec.plan == spec.plan
-            reader = before.reader if before is not None and same else self.open_reader(spec)
+            reader = before.reader if before is not None and same else self._open(spec)
         except Exception as err:  # noqa: BLE001 - whatever a damaged store raises, the model must not take traffic
             why = f"its features can not be read: {type(err).__name__}: {err}"
             return None, {r.version: why for r in spec.routes}
@@ -269,6 +271,16 @@ class ModelSet:
             except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
                 failed[route.version] = f"{type(err).__name__}: {err}"
         return LoadedModel(spec, programs, reader), failed
+
+    def _open(self, spec: ModelSpec) -> FeatureReader | None:
+        """A reader that has its kernels compiled."""
+        reader = self.open_reader(spec)
+        if reader is not None:
+            fields = [pa.field(c, ARROW_TYPES[spec.columns[c].dtype]) for c in spec.required]
+            row = pa.table([pa.nulls(1, f.type) for f in fields], schema=pa.schema(fields))
+            with suppress(RequestError):  # a required entity is refused: that was computed, too
+                reader.vectors(row, np.zeros(1, dtype=np.int64))
+        return reader
 
     def _warm(self, spec: ModelSpec, program: Program) -> Program:
         """A trial: zeros and unknowns, several sizes; what answers them wrongly is refused."""

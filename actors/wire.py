@@ -25,7 +25,7 @@ MAX_BODY_BYTES = 64 << 20
 TIMESTAMP = pa.timestamp("us", "UTC")
 EARLIEST_AT = -2_208_988_800_000_000  # 1900: moments outside 1900–2200 are seconds or nanoseconds by mistake
 LATEST_AT = 7_258_118_400_000_000
-_ARROW = {
+ARROW_TYPES = {
     "string": pa.string(),
     "int64": pa.int64(),
     "float64": pa.float64(),
@@ -169,7 +169,7 @@ def _rows(
 ) -> Rows:
     columns = pa.table(
         [typed[name] for name in model.required],
-        schema=pa.schema([(name, _ARROW[model.columns[name].dtype]) for name in model.required]),
+        schema=pa.schema([(name, ARROW_TYPES[model.columns[name].dtype]) for name in model.required]),
     )
     return Rows(ids=ids, at=at, columns=columns, keys=_keys(typed, model.key, len(ids)), texts=texts)
 
@@ -231,7 +231,7 @@ def _from_values(name: str, values: list[Any], form: ColumnForm) -> pa.Array:
     try:
         if form.dtype == "timestamp":
             return pa.array(_timestamps(values, types), TIMESTAMP)
-        return pa.array(values, _ARROW[form.dtype])
+        return pa.array(values, ARROW_TYPES[form.dtype])
     except (pa.ArrowException, OverflowError, ValueError) as err:
         raise ContractError(f"column {name!r} does not fit {form.dtype}: {err}") from err
 
@@ -271,7 +271,7 @@ def _check_null(name: str, form: ColumnForm, row: int) -> None:
 def _cast(name: str, column: pa.ChunkedArray, form: ColumnForm) -> pa.Array:
     if column.null_count:
         _check_null(name, form, column.is_null().to_pylist().index(True))
-    wanted = _ARROW[form.dtype]
+    wanted = ARROW_TYPES[form.dtype]
     given = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not _is_kin(given, form.dtype):
         raise ContractError(f"column {name!r} is {given}: it must be {form.dtype}")

@@ -1,0 +1,128 @@
+"""ASGI in and out: a request read whole within its limit, a reply sent, every error as `{error, code, remedy}`."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+import psutil
+
+from raymill.actors.wire import MAX_BODY_BYTES
+from raymill.runtime.errors import RaymillError, RequestError, TooLarge
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+JSON = "application/json"
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
+class GoneAway(Exception):
+    """The caller closed the connection before its request was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, its body read."""
+
+    method: str
+    parts: tuple[str, ...]
+    """Path, split at the slashes."""
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    query: Mapping[str, str]
+    body: bytes
+    peer: str
+    """Address of whoever connected; empty: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is sent back."""
+
+    status: int
+    body: bytes
+    content_type: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def read(scope: Scope, receive: Receive) -> Request:
+    """The whole request.
+
+    Raises:
+        TooLarge: the body is larger than `MAX_BODY_BYTES`; it is not read further.
+        RequestError: its encoding is not understood.
+        GoneAway: the caller left.
+    """
+    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    if headers.get("content-encoding", "identity") != "identity":
+        raise RequestError(f"content-encoding {headers['content-encoding']!r} is not understood: send the body plain")
+    stated = headers.get("content-length", "")
+    _check_size(int(stated) if stated.isascii() and stated.isdigit() else 0)
+    message = await receive()
+    body = message.get("body", b"")
+    if message.get("more_body"):
+        chunks, size = [body], len(body)
+        while message.get("more_body"):
+            message = await receive()
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            _check_size(size)
+        body = b"".join(chunks)
+    if message["type"] == "http.disconnect":
+        raise GoneAway
+    return Request(
+        method=scope["method"],
+        parts=tuple(scope["path"].strip("/").split("/")),
+        headers=headers,
+        query=dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)),
+        body=bytes(body),
+        peer=(scope.get("client") or ("",))[0],
+    )
+
+
+async def send_reply(send: Send, reply: Reply) -> None:
+    """Send a reply in one piece."""
+    headers = [
+        (b"content-type", reply.content_type.encode()),
+        (b"content-length", str(len(reply.body)).encode()),
+        *((k.encode(), v.encode("latin-1")) for k, v in reply.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+def json_reply(document: object, status: int = 200) -> Reply:
+    """A reply of JSON."""
+    return Reply(status, orjson.dumps(document, option=_OPTIONS))
+
+
+def error_reply(error: RaymillError, status: int | None = None) -> Reply:
+    """A reply that says what is wrong, under which name, and what to do."""
+    status = error.http_status if status is None else status
+    body = orjson.dumps({"error": error.message, "code": error.code, "remedy": error.remedy})
+    return Reply(status, body, headers={"retry-after": "1"} if status in (429, 503) else {})
+
+
+def is_local(peer: str) -> bool:
+    """Whether the peer is this host (or unknown: a test, or a Unix socket)."""
+    try:
+        return not peer or ipaddress.ip_address(peer).is_loopback or peer in _own_addresses()
+    except ValueError:
+        return False
+
+
+@cache
+def _own_addresses() -> frozenset[str]:
+    return frozenset(a.address for found in psutil.net_if_addrs().values() for a in found)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BODY_BYTES:
+        raise TooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes: split the rows over several requests")

@@ -1,0 +1,356 @@
+"""The serving replica: raw ASGI in one Ray Serve application, all models and versions inside.
+
+A request's way: bytes → `wire`/`oip` (rows) → `lane` (waits) → `models` (features, program) → `predictions` (on
+disk) → bytes. Decoding and encoding run on the event loop, the middle in one thread. `user_config` says which models
+and versions there are; a change of it alone is applied beside the running traffic, in the same process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raymill.actors import asgi, oip, surroundings, wire
+from raymill.actors.asgi import Reply, Request
+from raymill.actors.lane import Lane
+from raymill.actors.models import Answer, LoadedModel, ModelSet, Question
+from raymill.actors.prediction_sink import LakeSink
+from raymill.actors.predictions import PredictionLog, Sink
+from raymill.actors.readings import Readings
+from raymill.actors.rollout import ModelSpec
+from raymill.runtime.errors import RaymillError, RequestError, Unavailable, UnknownModel, UnknownVersion
+from raymill.runtime.home import Home
+from raymill.runtime.ids import new_ids
+from raymill.runtime.records import RemoteRecords
+
+_log = logging.getLogger(__name__)
+
+DEPLOYMENT = "Replica"
+VERSION = "0.1.0"
+
+
+class NoSuchPath(RequestError):
+    """Nothing is at this path."""
+
+    http_status = 404
+    remedy = "GET / lists the paths"
+
+
+class WrongMethod(RequestError):
+    """The path takes another method."""
+
+    http_status = 405
+    remedy = "GET / lists the paths with their methods"
+
+
+class ServingReplica:
+    """One process of the endpoint; a plain class, wrapped for Serve by `build`."""
+
+    def __init__(
+        self,
+        home: str | Path,
+        *,
+        records: Any = None,
+        sink: Sink | None = None,
+        open_reader: Any = None,
+        load: Any = None,
+    ) -> None:
+        """Only `home` is given by Serve; the others are what stands for the actors where there is no Ray."""
+        self._home = Home(Path(home))
+        self._records = records if records is not None else RemoteRecords()
+        self.name = new_ids(1)[0]
+        sink = sink or LakeSink(self._home.lake, self._home.spool / "sink.lock", surroundings.observe)
+        self._log = PredictionLog(self._home.spool, sink, replica=self.name)
+        self._models = ModelSet(
+            fetch=self._records.program,
+            load=load or surroundings.load_program,
+            open_reader=open_reader or partial(surroundings.open_features, self._home),
+        )
+        self._readings = Readings(self._home, self._records)
+        self._lanes: dict[str, Lane] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._started = False
+
+    def start(self) -> None:
+        """Learn what was answered lately; begin to ship the log."""
+        if not self._started:
+            self._log.start()
+            self._started = True
+
+    def stop(self) -> None:
+        """Ship the log and end."""
+        if self._started:
+            self._started = False
+            self._thread.shutdown()
+            self._log.stop()
+
+    def check_health(self) -> None:
+        """Called by Serve: raise to be replaced."""
+        if not self._started:
+            raise Unavailable("the replica is not started, or stops")
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Bring models and versions to `config`, beside the running traffic; what can not be loaded is told.
+
+        Raises:
+            SpecError: the value is not what `rollout.to_user_config` writes.
+        """
+        await asyncio.get_running_loop().run_in_executor(None, self._models.apply, config)
+        for name, model in self._models.models.items():
+            self._lane(name, model.spec)
+
+    async def handle_http(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        """The ASGI application."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            try:
+                reply = await self._reply(await asgi.read(scope, receive))
+            except RaymillError as err:
+                reply = asgi.error_reply(err)
+            except asgi.GoneAway:
+                return
+            except Exception:  # noqa: BLE001 - edge of the application: told as 500, logged with its trace
+                _log.exception("request to %s failed", scope.get("path"))
+                reply = asgi.error_reply(RaymillError("the replica failed on this request: its log has the trace"))
+            await asgi.send_reply(send, reply)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.handle_http
+
+    async def _lifespan(self, receive: asgi.Receive, send: asgi.Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await loop.run_in_executor(None, self.start)
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await loop.run_in_executor(None, self.stop)
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _reply(self, request: Request) -> Reply:
+        match request.parts:
+            case ("predict", name):
+                _only(request, "POST")
+                return await self._predict(request, self._model(name))
+            case ("v2", *rest):
+                return await self._oip(request, tuple(rest))
+            case ("raymill", *rest):
+                return await self._manage(request, tuple(rest))
+            case ("healthz",):
+                return asgi.json_reply({"status": "ok"})
+            case ("",):
+                return asgi.json_reply({"name": "raymill", "version": VERSION, "paths": PATHS})
+        raise NoSuchPath(f"there is nothing at {'/' + '/'.join(request.parts)!r}")
+
+    async def _predict(self, request: Request, model: LoadedModel) -> Reply:
+        now_us, headers = time.time_ns() // 1000, request.headers
+        is_arrow = headers.get("content-type", "").startswith(wire.ARROW_STREAM)
+        if is_arrow:
+            rows = wire.read_arrow(request.body, model.spec, now_us, headers.get("x-raymill-at"))
+        else:
+            rows = wire.read_json(request.body, model.spec, now_us)
+        question = Question(
+            ids=rows.ids,
+            at=rows.at,
+            keys=rows.keys,
+            texts=list(rows.texts),
+            columns=rows.columns,
+            pinned=_version(headers.get("x-raymill-version")),
+        )
+        answer = await self._answer(model, question)
+        accept = headers.get("accept", "")
+        if wire.ARROW_STREAM in accept or (is_arrow and asgi.JSON not in accept):
+            body = wire.write_arrow(model.spec, answer.ids, answer.versions, answer.p)
+            return Reply(200, body, content_type=wire.ARROW_STREAM)
+        return Reply(200, wire.write_json(model.spec, answer.ids, answer.versions, answer.p))
+
+    async def _answer(self, model: LoadedModel, question: Question) -> Answer:
+        model.check(question)
+        return await self._lane(model.spec.name, model.spec).answer(question)
+
+    def _lane(self, name: str, spec: ModelSpec) -> Lane:
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = Lane(
+                partial(self._ask, name),
+                self._thread,
+                max_batch_rows=spec.max_batch_rows,
+                max_rows=spec.max_queue_rows,
+            )
+        lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
+        return lane
+
+    def _ask(self, name: str, batch: list[Question]) -> list[Answer | RaymillError]:
+        return self._model(name).ask(batch, self._log)
+
+    def _model(self, name: str) -> LoadedModel:
+        model = self._models.models.get(name)
+        if model is None:
+            raise UnknownModel(f"there is no model {name!r} here: served are {sorted(self._models.models)}")
+        return model
+
+    async def _oip(self, request: Request, parts: tuple[str, ...]) -> Reply:
+        match parts:
+            case () if _only(request, "GET"):
+                return asgi.json_reply(oip.server_metadata(VERSION))
+            case ("health", "live") if _only(request, "GET"):
+                return asgi.json_reply({"live": True})
+            case ("health", "ready") if _only(request, "GET"):
+                ready = bool(self._models.models) and all(m.ready for m in self._models.models.values())
+                return asgi.json_reply({"ready": ready}, 200 if ready else 400)
+            case ("models", name):
+                return self._metadata(request, name, None)
+            case ("models", name, "ready"):
+                return self._ready(request, name, None)
+            case ("models", name, "infer"):
+                return await self._infer(request, name, None)
+            case ("models", name, "versions", version):
+                return self._metadata(request, name, version)
+            case ("models", name, "versions", version, "ready"):
+                return self._ready(request, name, version)
+            case ("models", name, "versions", version, "infer"):
+                return await self._infer(request, name, version)
+        raise NoSuchPath(f"there is nothing at {'/v2/' + '/'.join(parts)!r}")
+
+    def _metadata(self, request: Request, name: str, version: str | None) -> Reply:
+        _only(request, "GET")
+        model = self._model(name)
+        failed = self._models.failures.get(name, {})
+        if version is not None and _version(version) not in {*model.programs, *failed}:
+            raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
+        document = oip.model_metadata(model.spec, sorted(model.programs))
+        if failed:
+            document["failed"] = {str(v): why for v, why in failed.items()}
+        return asgi.json_reply(document)
+
+    def _ready(self, request: Request, name: str, version: str | None) -> Reply:
+        _only(request, "GET")
+        model = self._model(name)
+        ready = model.ready if version is None else _version(version) in model.programs
+        return asgi.json_reply({"name": name, "ready": ready}, 200 if ready else 400)
+
+    async def _infer(self, request: Request, name: str, version: str | None) -> Reply:
+        _only(request, "POST")
+        model = self._model(name)
+        infer = oip.read_infer(request.body, request.headers.get("inference-header-content-length"), model.spec)
+        rows = len(infer.x)
+        question = Question(
+            ids=infer.ids,
+            at=np.full(rows, time.time_ns() // 1000, dtype=np.int64),
+            keys=[None] * rows,
+            texts=[None] * rows,
+            x=infer.x,
+            pinned=_version(version or request.headers.get("x-raymill-version")),
+            together=True,
+        )
+        answer = await self._answer(model, question)
+        body, json_length = oip.write_infer(model.spec, infer, int(answer.versions[0]), answer.p)
+        if json_length is None:
+            return Reply(200, body)
+        length = {"inference-header-content-length": str(json_length)}
+        return Reply(200, body, content_type="application/octet-stream", headers=length)
+
+    async def _manage(self, request: Request, parts: tuple[str, ...]) -> Reply:
+        if not asgi.is_local(request.peer):
+            raise NoSuchPath("there is nothing here for callers from other hosts")
+        loop = asyncio.get_running_loop()
+        match parts:
+            case ("replica",):
+                return asgi.json_reply(self._state())
+            case ("flush",) if _only(request, "POST"):
+                taken = await loop.run_in_executor(None, self._log.flush)
+                return asgi.json_reply({**self._state(), "flushed": taken})
+            case ("features", name) if _only(request, "POST"):
+                return await self._features(request, self._model(name))
+            case ("lineage", prediction) if _only(request, "GET"):
+                return asgi.json_reply(await loop.run_in_executor(None, self._readings.lineage, prediction))
+            case (what,) if (reading := self._readings.find(what)) is not None and _only(request, "GET"):
+                return asgi.json_reply(await loop.run_in_executor(None, reading, request.query))
+        raise NoSuchPath(f"there is nothing at {'/raymill/' + '/'.join(parts)!r}")
+
+    async def _features(self, request: Request, model: LoadedModel) -> Reply:
+        """Feature vectors of rows, as an Arrow stream: id, at, one float32 column a feature."""
+        now_us, headers = time.time_ns() // 1000, request.headers
+        if headers.get("content-type", "").startswith(wire.ARROW_STREAM):
+            rows = wire.read_arrow(request.body, model.spec, now_us, headers.get("x-raymill-at"))
+        else:
+            rows = wire.read_json(request.body, model.spec, now_us)
+        if model.reader is None:
+            raise RequestError(f"model {model.spec.name!r} has no features to look up")
+        loop = asyncio.get_running_loop()
+        x = await loop.run_in_executor(self._thread, model.reader.vectors, rows.columns, rows.at)
+        columns = {"id": pa.array(rows.ids), "at": pa.array(rows.at).cast(wire.TIMESTAMP)}
+        columns |= {feature: pa.array(np.ascontiguousarray(x[:, j])) for j, feature in enumerate(model.spec.inputs)}
+        return Reply(200, wire.write_stream(pa.table(columns)), content_type=wire.ARROW_STREAM)
+
+    def _state(self) -> dict[str, Any]:
+        models = {
+            name: {str(r.version): {"role": r.role, "weight": r.weight} for r in m.routes}
+            for name, m in self._models.models.items()
+        }
+        return {
+            "replica": self.name,
+            "pid": os.getpid(),
+            "generation": self._models.generation,
+            "models": models,
+            "failures": self._models.failures,
+            "log": {
+                "waiting_rows": self._log.waiting_rows,
+                "shipped_rows": self._log.shipped_rows,
+                "last_error": self._log.last_error,
+            },
+        }
+
+
+PATHS = [
+    "POST /predict/{model}",
+    "GET /v2",
+    "GET /v2/health/live",
+    "GET /v2/health/ready",
+    "GET /v2/models/{model}[/versions/{version}]",
+    "GET /v2/models/{model}[/versions/{version}]/ready",
+    "POST /v2/models/{model}[/versions/{version}]/infer",
+    "GET /raymill/models",
+    "GET /raymill/drift",
+    "GET /raymill/cost",
+    "GET /raymill/status",
+    "GET /raymill/lineage/{prediction}",
+    "GET /raymill/replica",
+    "POST /raymill/features/{model}",
+    "POST /raymill/flush",
+    "GET /healthz",
+]
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application, for its REST config: `import_path: raymill.actors.serving:build, args: {home: …}`."""
+    from ray import serve
+
+    return serve.deployment(serve.ingress()(ServingReplica), name=DEPLOYMENT).bind(args["home"])
+
+
+def _only(request: Request, method: str) -> bool:
+    if request.method != method:
+        raise WrongMethod(f"{'/' + '/'.join(request.parts)!r} takes {method}, not {request.method}")
+    return True
+
+
+def _version(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UnknownVersion(f"{text!r} names no version: versions are 1, 2, 3 …")
+    return int(text)

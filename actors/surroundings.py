@@ -1,0 +1,42 @@
+"""What a replica reaches outside itself: exported programs, online features, the monitor; imported when first used."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from raymill.actors.models import FeatureReader, Program
+from raymill.actors.rollout import ModelSpec
+from raymill.runtime.errors import Unavailable
+from raymill.runtime.home import Home
+from raymill.runtime.spawn import ask, find
+
+_OBSERVE_TIMEOUT_S = 30.0
+
+
+def load_program(program: bytes) -> Program:
+    """The program that training exported."""
+    import torch
+
+    from raymill.actors import program as programs
+
+    torch.set_num_threads(1)  # replicas share their cores with everything else
+    return programs.load_program(program)
+
+
+def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:
+    """Reader of the model's online features; None: it has no plan."""
+    if spec.plan is None:
+        return None
+    from raymill.actors.feature_plan import FeaturePlan
+    from raymill.actors.online import OnlineReader
+
+    return OnlineReader(home.online, FeaturePlan.from_json(spec.plan))
+
+
+def observe(model: str, segment: str, rows: pa.Table) -> None:
+    """Show a segment to the model's monitor, if it has one (a model served alone has none)."""
+    try:
+        monitor = find(f"drift/{model}")
+    except Unavailable:
+        return
+    ask(monitor.observe.remote(segment, rows), timeout_s=_OBSERVE_TIMEOUT_S)
