@@ -1,0 +1,264 @@
+"""Every row that was sent is in the lake or in quarantine, once, whatever was killed and sent again meanwhile."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from raymill.actors import data
+from raymill.actors.contract import arrow_schema
+from raymill.actors.data import DataActor, between, read_rows
+from raymill.actors.lake import Lake
+from raymill.runtime.errors import Conflict, ContractError, SpecError
+from raymill.runtime.spec import Col, Source
+
+SECOND_US = 1_000_000
+
+
+def source(name="readings", **more) -> Source:
+    schema = {"id": Col("int64"), "time": Col("timestamp"), "value": Col("int64", ge=0)}
+    return Source(name, key=["id"], time="time", schema=schema, **more)
+
+
+def rows(*ids, value=1) -> pa.Table:
+    columns = [ids, [i * SECOND_US for i in ids], [value] * len(ids)]
+    return pa.table(
+        [pa.array(c, f.type) for c, f in zip(columns, arrow_schema(source()), strict=True)], ["id", "time", "value"]
+    )
+
+
+def started(home, *, cls=DataActor, record=None, sources=None) -> DataActor:
+    actor = cls(str(home), sources or [source()], record or (lambda events: None), "p")
+    actor.start()
+    return actor
+
+
+def ids(home, table="readings") -> list[int]:
+    return sorted(Lake(home / "lake").read(table)["id"].to_pylist())
+
+
+def story(done) -> tuple:
+    return done.accepted, done.quarantined, done.rows_ref.to_pylist()
+
+
+def test_sound_rows_go_to_the_lake_and_the_others_to_quarantine_with_the_reason(tmp_path):
+    events = []
+    actor = started(tmp_path, record=events.extend)
+    done = actor.ingest("readings", pa.concat_tables([rows(1, 2, 1), rows(3, value=-1)]), batch_id="a", at=7)
+    assert (done.accepted, done.quarantined, done.duplicate) == (2, {"duplicate_key": 1, "range:value": 1}, False)
+    assert done.rows_ref.equals(rows(1, 2)) and ids(tmp_path) == [1, 2]
+    held = actor.quarantine("readings").to_pylist()
+    assert [(q["batch_id"], q["reason"], json.loads(q["row"])["id"]) for q in held] == [
+        ("a", "duplicate_key", 1),
+        ("a", "range:value", 3),
+    ]
+    assert [(e.kind, e.subject, e.at, e.key) for e in events] == [
+        ("rows.appended", "readings", 7, "rows.appended/readings/a")
+    ]
+    assert events[0].data == {
+        "batch_id": "a",
+        "lake_version": done.lake_version,
+        "accepted": 2,
+        "quarantined": done.quarantined,
+    }
+
+
+def test_a_batch_sent_again_is_told_the_same_and_writes_nothing(tmp_path):
+    sent = pa.concat_tables([rows(1, 2, 2), rows(3, value=-1)])
+    first = started(tmp_path).ingest("readings", rows(2), batch_id="before")
+    first = started(tmp_path).ingest("readings", sent, batch_id="a")
+    started(tmp_path).ingest("readings", rows(9, 1), batch_id="after")
+    again = started(tmp_path).ingest("readings", sent, batch_id="a")
+    assert again.duplicate and not first.duplicate
+    assert story(again) == story(first) == (1, {"duplicate_key": 2, "range:value": 1}, rows(1).to_pylist())
+    assert ids(tmp_path) == [1, 2, 9]
+    assert started(tmp_path).quarantine().num_rows == 4
+
+
+def test_keys_are_unique_across_batches_restarts_and_another_writer(tmp_path):
+    actor = started(tmp_path)
+    actor.ingest("readings", rows(1, 2), batch_id="a")
+    assert actor.ingest("readings", rows(2, 3), batch_id="b").quarantined == {"duplicate_key": 1}
+    assert started(tmp_path).ingest("readings", rows(3, 4), batch_id="c").quarantined == {"duplicate_key": 1}
+    assert actor.ingest("readings", rows(4, 5), batch_id="d").quarantined == {"duplicate_key": 1}
+    assert ids(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_keys_whose_hashes_collide_are_both_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "key_hashes", lambda keys: pa.array([7] * keys.num_rows, pa.uint64()).to_numpy())
+    actor = started(tmp_path)
+    actor.ingest("readings", rows(1), batch_id="a")
+    assert actor.ingest("readings", rows(1, 2), batch_id="b").quarantined == {"duplicate_key": 1}
+    assert ids(tmp_path) == [1, 2]
+
+
+def test_other_rows_under_a_known_batch_id_are_refused(tmp_path):
+    actor = started(tmp_path)
+    actor.ingest("readings", rows(1), batch_id="a")
+    with pytest.raises(Conflict, match="'a'"):
+        actor.ingest("readings", rows(5, 6), batch_id="a")
+
+
+class KilledBetween(Lake):
+    """A lake whose process dies after quarantine was written and before the source's table is."""
+
+    def append(self, table, rows, *, batch_id):
+        if table != data.QUARANTINE:
+            raise KeyboardInterrupt
+        return super().append(table, rows, batch_id=batch_id)
+
+
+def test_a_death_between_quarantine_and_lake_is_completed_by_the_retry(tmp_path):
+    sent = pa.concat_tables([rows(1, 2, 1), rows(3, value=-1)])
+    dying = started(tmp_path)
+    dying._lake = KilledBetween(tmp_path / "lake")
+    with pytest.raises(KeyboardInterrupt):
+        dying.ingest("readings", sent, batch_id="a")
+    assert started(tmp_path).quarantine().num_rows == 2
+    # another batch comes first and takes a key that the unfinished one would have had
+    started(tmp_path).ingest("readings", rows(2), batch_id="b")
+    done = started(tmp_path).ingest("readings", sent, batch_id="a")
+    assert (done.accepted, done.quarantined) == (1, {"duplicate_key": 2, "range:value": 1})
+    assert story(started(tmp_path).ingest("readings", sent, batch_id="a")) == story(done)
+    assert ids(tmp_path) == [1, 2]
+    assert Counter(started(tmp_path).quarantine()["reason"].to_pylist()) == {"duplicate_key": 2, "range:value": 1}
+
+
+def test_a_record_that_fails_is_made_good_by_the_retry(tmp_path):
+    def fail(events):
+        raise ConnectionError("ledger away")
+
+    with pytest.raises(ConnectionError):
+        started(tmp_path, record=fail).ingest("readings", rows(1), batch_id="a")
+    events = []
+    assert started(tmp_path, record=events.extend).ingest("readings", rows(1), batch_id="a").duplicate
+    assert [e.key for e in events] == ["rows.appended/readings/a"]
+
+
+WRITER = """
+import sys
+from raymill.actors.data import DataActor
+sys.path.insert(0, {here!r})
+from test_data import batch, source
+actor = DataActor({home!r}, [source()], lambda events: None)
+actor.start()
+for n in range({last}):
+    done = actor.ingest("readings", batch(n), batch_id=f"b{{n}}")
+    print(n, done.accepted, sum(done.quarantined.values()), flush=True)
+"""
+
+
+def batch(n: int) -> pa.Table:
+    """50 new rows, one that the batch before had already, one out of range."""
+    return pa.concat_tables([rows(*range(50 * n, 50 * n + 50)), rows(max(0, 50 * n - 1)), rows(10**6 + n, value=-1)])
+
+
+@pytest.mark.parametrize(("lives", "last"), [(3, 26), pytest.param(60, 490, marks=pytest.mark.soak)])
+def test_kill_9_at_any_moment_then_a_blind_retry_loses_and_doubles_nothing(tmp_path, lives, last):
+    choose, acknowledged = random.Random(7), {}
+    code = WRITER.format(here=os.path.dirname(__file__), home=str(tmp_path), last=last)
+    for life in range(lives):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
+            for _ in range(choose.randrange(life * 8 + 1, life * 8 + 8)):  # past the life before, then a bit of new
+                n, *counts = map(int, writer.stdout.readline().split())
+                assert acknowledged.setdefault(n, counts) == counts
+            time.sleep(choose.uniform(0, 0.02))
+            writer.send_signal(signal.SIGKILL)
+    assert {50 * n for n in acknowledged} <= set(ids(tmp_path))
+    actor = started(tmp_path)
+    for n in range(last):
+        assert actor.ingest("readings", batch(n), batch_id=f"b{n}").accepted == 50
+    assert ids(tmp_path) == list(range(50 * last))
+    bad = Counter(zip(*(actor.quarantine()[c].to_pylist() for c in ("batch_id", "reason")), strict=True))
+    assert bad == {(f"b{n}", why): 1 for n in range(last) for why in ("duplicate_key", "range:value")}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "arrow"])
+def test_a_large_file_comes_in_by_batches_and_a_second_try_doubles_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data, "FILE_BATCH_ROWS", 4)
+    path, sent = tmp_path / f"file.{kind}", pa.concat_tables([rows(*range(10)), rows(10, value=-1)])
+    if kind == "parquet":
+        pq.write_table(sent, path)
+    elif kind == "csv":
+        pacsv.write_csv(sent, path)
+    else:
+        with pa.ipc.new_file(path, sent.schema) as writer:
+            writer.write_table(sent)
+    actor = started(tmp_path)
+    assert [(d.accepted, d.duplicate) for d in actor.ingest_path("readings", path)] == [
+        (4, False),
+        (4, False),
+        (2, False),
+    ]
+    assert [(d.accepted, d.duplicate) for d in actor.ingest_path("readings", path)] == [(4, True), (4, True), (2, True)]
+    assert ids(tmp_path) == list(range(10))
+    assert actor.quarantine()["reason"].to_pylist() == ["range:value"]
+
+
+def test_a_file_that_can_not_be_read_is_told(tmp_path):
+    actor = started(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"nonsense")
+    (tmp_path / "notes.txt").write_text("x")
+    for name in ("broken.parquet", "notes.txt", "absent.csv"):
+        with pytest.raises(ContractError, match=name):
+            actor.ingest_path("readings", tmp_path / name)
+    assert Lake(tmp_path / "lake").tables() == []
+
+
+def test_history_is_what_lies_before_a_moment_and_rows_without_a_time_go_with_it(tmp_path):
+    texts = pa.table(
+        {
+            "id": ["1", "2", "3", "4"],
+            "time": ["1970-01-01T00:00:01Z", "soon", None, "1970-01-01T00:00:04Z"],
+            "value": ["1"] * 4,
+        }
+    )
+    told = source(read=lambda: texts)
+    actor = started(tmp_path, sources=[told])
+    done = actor.load_history("readings", 4 * SECOND_US)
+    assert (done.accepted, done.quarantined) == (1, {"null:time": 1, "type:time": 1})
+    assert actor.load_history("readings", 4 * SECOND_US).duplicate
+    assert between(texts, told, 4 * SECOND_US, None)["id"].to_pylist() == ["4"]
+    with pytest.raises(ContractError, match="read"):
+        read_rows(source())
+
+
+def test_seeded_rows_and_rows_without_label_are_counted_apart(tmp_path):
+    schema = {
+        "id": Col("int64"),
+        "time": Col("timestamp"),
+        "value": Col("int64", ge=0),
+        "known": Col("timestamp", nullable=True),
+    }
+    told = Source("readings", key=["id"], time="time", known_at="known", schema=schema)
+    actor = started(tmp_path, sources=[told, source("empty")])
+    known = pa.array([1, None, None], pa.timestamp("us", "UTC"))
+    actor.ingest("readings", rows(1, 2, 3).append_column("known", known), batch_id="a")
+    actor.ingest("readings", rows(4, value=-1).append_column("known", known.slice(0, 1)), batch_id="b")
+    actor.ingest("readings", rows(5, value=-2).append_column("known", known.slice(0, 1)), batch_id="seeded-1")
+    assert actor.tally() == {
+        "ingested": {"readings": 3},
+        "without_label": {"readings": 2},
+        "quarantined": {"range:value": 1},
+        "seeded_bad": {"range:value": 1},
+    }
+    assert actor.health() == {"ok": True, "sources": {"readings": 3, "empty": 0}}
+
+
+def test_what_is_no_table_no_source_or_a_taken_name_is_refused(tmp_path):
+    actor = started(tmp_path)
+    with pytest.raises(ContractError, match="list"):
+        actor.ingest("readings", [{"id": 1}], batch_id="a")
+    with pytest.raises(ContractError, match="weather"):
+        actor.ingest("weather", rows(1), batch_id="a")
+    with pytest.raises(SpecError, match="predictions"):
+        DataActor(str(tmp_path), [source("predictions")], lambda events: None)
