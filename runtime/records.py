@@ -6,7 +6,6 @@ the actor by name at each call and outlives its restarts: every call may be repe
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from raymill.runtime.home import Home
 from raymill.runtime.ledger import Ledger, Verification
 from raymill.runtime.messages import Event, Manifest, ModelVersion
 from raymill.runtime.registry import Registry
+from raymill.runtime.spawn import Remote
 
 NAME = "records"
 """The actor's name in Ray."""
@@ -141,51 +141,37 @@ class RecordsActor:
         return self.registry.rollback(model, reason=reason, at=at, version=version)
 
 
-class RemoteRecords:
-    """The actor `records` by name: the same methods, blocking; picklable; also a `record` callable.
+class RemoteRecords(Remote):
+    """The actor `records` by name, as a plain object with its methods; picklable; also what others take as `record`.
 
-    While the actor is being restarted calls wait and are sent again, up to `patience_s`.
+    It outlives the actor's restarts: a call that is made again does nothing twice.
     """
 
-    def __init__(self, name: str = NAME, patience_s: float = 30.0) -> None:
-        self._name, self._patience_s = name, patience_s
+    def __init__(self, name: str = NAME, patience_s: float = 60.0) -> None:
+        super().__init__(name, patience_s)
 
     def __call__(self, events: Sequence[Event]) -> None:
-        """`append`, so that this object is what others take as `record`."""
+        """`append`."""
         self.append(events)
 
     def append(self, events: Sequence[Event]) -> None:
-        """Write events; one without a key gets one, so that a call that is sent again writes nothing twice."""
+        """Write events; one without a key gets one, so that a call that is made again writes nothing twice."""
         self._call("append", [e if e.key else replace(e, key=uuid.uuid4().hex) for e in events])
 
+    def events(self, kind: str | None = None, **narrowed: Any) -> list[dict[str, Any]]:
+        """As the actor's."""
+        found: list[dict[str, Any]] = self._call("events", kind, **narrowed)
+        return found
+
+    def live(self, model: str) -> ModelVersion | None:
+        """As the actor's."""
+        found: ModelVersion | None = self._call("live", model)
+        return found
+
     def rollback(self, model: str, *, reason: str, at: int | None = None, version: int | None = None) -> ModelVersion:
-        """As the actor's; without `version` the one that is live now is meant, however often the call is sent."""
+        """As the actor's; without `version` the one that is live now is meant, however often the call is made."""
         if version is None:
             current = self.live(model)
             version = None if current is None else current.version
         found: ModelVersion = self._call("rollback", model, reason=reason, at=at, version=version)
         return found
-
-    def live(self, model: str) -> ModelVersion | None:
-        """The live version, if there is one."""
-        found: ModelVersion | None = self._call("live", model)
-        return found
-
-    def __getattr__(self, method: str) -> Any:
-        if method.startswith("_") or not callable(getattr(RecordsActor, method, None)):
-            raise AttributeError(method)
-        return lambda *args, **kwargs: self._call(method, *args, **kwargs)
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        import ray
-
-        from raymill.runtime.spawn import find
-
-        end = time.monotonic() + self._patience_s
-        while True:
-            try:
-                return ray.get(getattr(find(self._name), method).remote(*args, **kwargs))
-            except (ray.exceptions.RayActorError, Unavailable) as err:
-                if time.monotonic() >= end:
-                    raise Unavailable(f"actor {self._name!r} does not answer: `raymill doctor` says why") from err
-                time.sleep(0.1)

@@ -45,5 +45,3 @@ def test_a_second_actor_on_the_same_home_is_refused(tmp_path, monkeypatch):
 def test_the_remote_value_is_picklable_and_has_the_actors_methods():
     records = pickle.loads(pickle.dumps(RemoteRecords(patience_s=1)))
     assert callable(records) and callable(records.events) and callable(records.promote)
-    with pytest.raises(AttributeError):
-        _ = records.no_such_method
