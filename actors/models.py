@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from raymill.actors.predictions import PredictionLog, Scored
 from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
-from raymill.actors.wire import ARROW_TYPES
+from raymill.actors.wire import ARROW_TYPES, LATEST_AT
 from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
 
@@ -279,7 +279,7 @@ class ModelSet:
             fields = [pa.field(c, ARROW_TYPES[spec.columns[c].dtype]) for c in spec.required]
             row = pa.table([pa.nulls(1, f.type) for f in fields], schema=pa.schema(fields))
             with suppress(RequestError):  # a required entity is refused: that was computed, too
-                reader.vectors(row, np.zeros(1, dtype=np.int64))
+                reader.vectors(row, np.full(1, LATEST_AT, dtype=np.int64))
         return reader
 
     def _warm(self, spec: ModelSpec, program: Program) -> Program:
