@@ -37,6 +37,7 @@ POLL_S = 1.0
 SEEN_EVERY_S = 5.0
 """How often it writes down that it still sees the nodes: how late the books of a killed cluster may be."""
 KEPT_RECLAIMS = 200
+_DRAINED_IDLE = 4  # NodeDeathInfo.AUTOSCALER_DRAIN_IDLE
 _HEAD_RESOURCE = "node:__internal_head__"
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,18 @@ Record = Callable[[list[Event]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeenNode:
-    """A living node as Ray shows it."""
+    """A node as Ray shows it."""
 
     node_id: str
     instance: str
     node_type: str
+    alive: bool = True
+    drained: bool = False
+    """Whether the autoscaler let it go for idleness."""
 
 
 def nodes_of_ray() -> list[SeenNode]:
-    """The living nodes of the cluster that this process is connected to."""
+    """The nodes of the cluster that this process is connected to, those that are gone as well."""
     import ray
 
     return [
@@ -62,9 +66,10 @@ def nodes_of_ray() -> list[SeenNode]:
             node_id=node["NodeID"],
             instance=node["Labels"].get(INSTANCE_LABEL, ""),
             node_type=node["Labels"].get(TYPE_LABEL, HEAD_TYPE if _HEAD_RESOURCE in node["Resources"] else ""),
+            alive=node["Alive"],
+            drained=node.get("DeathReason") == _DRAINED_IDLE,
         )
         for node in ray.nodes()
-        if node["Alive"]
     ]
 
 
@@ -99,7 +104,7 @@ class ClusterActor:
             config: prices and markets of the node types.
             record: takes events; the actor `records` if absent.
             notify: takes notices.
-            look: shows the living nodes.
+            look: shows the nodes.
         """
         self._home = Home(Path(home))
         self._config = config
@@ -207,13 +212,17 @@ class ClusterActor:
                 log.exception("the look at the nodes failed; the next one tries again")
 
     def _watch(self, now_s: float) -> None:
-        seen = {node.node_id: node for node in self._look()}
+        shown = self._look()
+        seen = {node.node_id: node for node in shown if node.alive}
         table = read_table(self._home)
         known = dict(self._known)
         for node in seen.values():
             if node.node_id not in known:
                 known[node.node_id] = self._watched(node, table.nodes.get(node.instance), now_s)
         reasons, gone_s = self._why(known, table.nodes)
+        for node in shown:
+            if node.drained:
+                reasons[node.node_id] = "idle"
         first_look = not self._written
         gone = departures(known, frozenset(seen), reasons, gone_s, self._seen_s if first_look else now_s)
         if known != self._known:  # on disk before the ledger: a node that has a start there gets its stop

@@ -1,0 +1,45 @@
+"""`raymill up`: start a cluster on this machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raymill.cluster import session
+from raymill.cluster.spec import load_config
+from raymill.jobs.cli.output import AsJson, emit, err, out
+from raymill.runtime.errors import SpecError
+from raymill.runtime.home import current_home
+
+
+def up(
+    config: Annotated[Path | None, typer.Option("--config", help="A cluster.toml; the demo's if absent.")] = None,
+    ports: Annotated[str, typer.Option("--ports", help="`config`: those of the file; `auto`: picked free.")] = "config",
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Start Serve's controller and proxy too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Start a cluster on this machine; one that runs already is left as it is."""
+    if ports not in ("config", "auto"):
+        raise SpecError(f"--ports is {ports!r}: say `config` or `auto`")
+    home, began = current_home(), time.monotonic()
+    with err.status("up") as status:
+        found = session.up(
+            home,
+            load_config(config),
+            ports="auto" if ports == "auto" else "config",
+            serve=serve,
+            say=lambda step: status.update(step),
+        )
+    document = {**found.document(), "seconds": round(time.monotonic() - began, 1)}
+
+    def human() -> None:
+        out.print(f"[bold green]up[/] after {document['seconds']} s; state in {home.root}")
+        out.print(f"  Ray        {found.address}")
+        out.print(f"  dashboard  {found.dashboard_url}   (token: {found.token_path})")
+        out.print(f"  endpoint   {found.serve_url}")
+        out.print("  stop it with `raymill down`")
+
+    emit(document, as_json, human)
