@@ -264,7 +264,7 @@ def test_writer_killed_at_any_point_loses_nothing_acknowledged_and_readers_see_i
 
 
 def assert_holds(ask: OnlineReader, facts: list[dict[str, Any]], done: int) -> None:
-    """The reader answers from the first `done` rows; the writer may be ahead, by rows that leave at that moment or later."""
+    """The reader answers from the first `done` rows; the writer may be ahead, by rows that leave later."""
     asked = table(facts[done - 20 : done])
     at = np.full(20, facts[done - 1]["left"] - 1, dtype=np.int64)
     known = table([f for f in facts if f["left"] <= at[0]])

@@ -1,0 +1,218 @@
+"""FeatureActor: one definition of every feature, as training sets from the lake and as vectors from the online store.
+
+Invariants
+- A training set is a function of its manifest alone: pinned lake versions, the definitions, the label's rule and the
+  range of time; its rows are sorted by (event time, key hash), whatever order the lake gives them in.
+- A row's features are those of its own event time; its label counts only if it was known at `known_until`.
+- The online store holds every row that the lake held at its `lake_version`; what a crash or a missed batch left out is
+  read again from the lake, which changes nothing that is in already.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymill.actors.evaluate import Ints, columns_of, evaluate
+from raymill.actors.feature_plan import FeaturePlan, SourcePlan
+from raymill.actors.lake import Lake
+from raymill.actors.observed import key_texts
+from raymill.actors.online import KEEP, OnlineReader, OnlineStore
+from raymill.actors.point_in_time import History, join
+from raymill.actors.windows import NEVER
+from raymill.runtime.errors import Conflict
+from raymill.runtime.expressions import digest
+from raymill.runtime.home import Home
+from raymill.runtime.messages import Event, Ingested, Manifest, TrainingSet
+from raymill.runtime.spec import Pipeline
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class FeatureActor:
+    """Stop 2 of the data: rows in, training sets and online vectors out."""
+
+    def __init__(
+        self, home: str | Path, pipeline: Pipeline, record: Callable[[list[Event]], None], keep: str = KEEP
+    ) -> None:
+        folders = Home(Path(home))
+        self._pipeline = pipeline
+        self._record = record
+        self._lake = Lake(folders.lake)
+        self._plan = FeaturePlan.of(pipeline)
+        self._store = OnlineStore(folders.online, self._plan, keep=keep)
+        self._reader = OnlineReader(folders.online, self._plan)
+
+    def start(self) -> None:
+        """Bring the online store to the lake's present versions."""
+        for source in self._plan.sources:
+            version = self._lake.version(source)
+            if self._store.lake_version(source) < (-1 if version is None else version):
+                self._catch_up(source, version)
+
+    def stop(self) -> None:
+        """Close the online store; everything taken in is durable."""
+        self._reader.close()
+        self._store.close()
+
+    def health(self) -> dict[str, Any]:
+        """Lake version up to which the online store holds each source; −1: not known to."""
+        return {"ok": True, "lake_versions": {s: self._store.lake_version(s) for s in self._plan.sources}}
+
+    def plan(self) -> FeaturePlan:
+        """What is computed; a replica gets it as JSON."""
+        return self._plan
+
+    def take(self, done: Ingested) -> None:
+        """Take in what the DataActor accepted."""
+        self.ingest(
+            done.source, done.rows_ref, done.batch_id, lake_version=None if done.duplicate else done.lake_version
+        )
+
+    def ingest(self, source: str, rows: Any, batch_id: str, *, lake_version: int | None = None) -> None:
+        """Take accepted rows into the online store, once however often they come.
+
+        Args:
+            source: name of a source; one that no view reads is passed over.
+            rows: Arrow table, or a reference to one.
+            batch_id: the batch they came in.
+            lake_version: version that their append made; absent for a batch that was repeated.
+
+        Raises:
+            ContractError: the rows do not fit the source.
+            StoreError: store or lake can not be opened; sending the batch again is safe.
+        """
+        if source not in self._plan.sources:
+            return
+        if lake_version is not None and self._store.lake_version(source) < lake_version - 1:
+            self._catch_up(source, lake_version)
+        else:
+            self._store.ingest(source, _table(rows), lake_version=lake_version)
+
+    def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
+        """Online feature vectors of request rows, float32 [rows, features]; errors as in `OnlineReader.vectors`."""
+        return self._reader.vectors(rows, at)
+
+    def rebuild(self) -> None:
+        """Throw the online store's views away and fill them from the lake, in one transaction."""
+        began = time.time()
+        versions = {s: v for s in self._plan.sources if (v := self._lake.version(s)) is not None}
+        self._store.replace({s: self._read(s, v) for s, v in versions.items()}, versions)
+        self._tell("features.rebuilt", None, {"lake_versions": versions, "seconds": time.time() - began}, key="")
+
+    def training_set(self, start_at: int, end_at: int, known_until: int, evaluate_from: int) -> TrainingSet:
+        """Labelled rows with event time in [start_at, end_at), each with its features as of that time.
+
+        Rows whose label is null or was not known at `known_until` are counted and left out; those with event time
+        ≥ `evaluate_from` are the slice that is held out. All moments are µs UTC.
+
+        Raises:
+            Conflict: a source has no rows in the lake yet, or no row of the range has a label.
+        """
+        names = {s.name for s in self._pipeline.sources}
+        versions = {s: v for s in sorted(names) if (v := self._lake.version(s)) is not None}
+        if names - versions.keys():
+            raise Conflict(f"sources {sorted(names - versions.keys())} have no rows in the lake yet: ingest them first")
+        tables = {s: self._read(s, v, start_at, end_at) for s, v in versions.items()}
+        rows, at, y, left_out = self._labelled(tables[self._plan.row.name], start_at, end_at, known_until)
+        if not len(rows):
+            raise Conflict(
+                f"no row of {_moment(start_at)} … {_moment(end_at)} has a label that was known at "
+                f"{_moment(known_until)}: ingest more rows, or widen the range"
+            )
+        x = join(rows, self._plan, tables, at=at)
+        whole = pa.table(
+            {
+                "key": pa.array(key_texts(rows, self._pipeline.label.source), pa.string()),
+                "at": pa.array(at).cast(pa.timestamp("us", "UTC")),
+                "x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
+                "y": pa.array(y.astype(np.float32)),
+            }
+        )
+        manifest = self._manifest(versions, (start_at, end_at, known_until), len(rows), left_out)
+        cut = int(np.searchsorted(at, evaluate_from))
+        key = f"training_set.made/{digest(asdict(manifest), evaluate_from)}"
+        data = {"manifest": asdict(manifest), "train_rows": cut, "evaluate_rows": len(rows) - cut}
+        self._tell("training_set.made", known_until, data, key=key)
+        return TrainingSet(
+            manifest=manifest, train_ref=_shared(whole.slice(0, cut)), evaluate_ref=_shared(whole.slice(cut))
+        )
+
+    def _labelled(
+        self, rows: pa.Table, start_at: int, end_at: int, known_until: int
+    ) -> tuple[pa.Table, Ints, npt.NDArray[np.bool_], int]:
+        """Labelled rows of the range in their order, their moments, their labels; and how many have none."""
+        label, source = self._pipeline.label, self._plan.row
+        history = History.of(rows, source)
+        order = np.lexsort((history.key_hash, history.time))
+        order = order[(history.time[order] >= start_at) & (history.time[order] < end_at)]
+        rows = rows.take(order)
+        value = evaluate(label.value, columns_of(rows, label.value.columns(), source.dtypes), len(rows))
+        known = history.known[order]
+        has = ~np.isnan(value) & (known <= known_until) & (known != NEVER)
+        return rows.filter(pa.array(has)), history.time[order][has], value[has] != 0, int((~has).sum())
+
+    def _manifest(self, versions: dict[str, int], span: tuple[int, int, int], rows: int, left_out: int) -> Manifest:
+        start_at, end_at, known_until = span
+        return Manifest(
+            pipeline=self._pipeline.name,
+            lake_versions=versions,
+            features=self._plan.names,
+            feature_hashes=self._pipeline.feature_hashes,
+            label=self._pipeline.label.name,
+            label_rule=self._pipeline.label.value.to_json(),
+            start_at=start_at,
+            end_at=end_at,
+            known_until=known_until,
+            rows=rows,
+            without_label=left_out,
+        )
+
+    def _read(self, source: str, version: int, start_at: int | None = None, end_at: int | None = None) -> pa.Table:
+        """The columns that features and label need, of the rows that can matter to moments in the range."""
+        plan = self._source(source)
+        columns = list(self._plan.source_columns(source))
+        if source == self._plan.row.name:
+            columns += [*plan.key, plan.time, *([plan.known_at] if plan.known_at else [])]
+            columns += [*self._plan.request_columns, *self._pipeline.label.value.columns()]
+        where: list[tuple[str, str, Any]] = [] if end_at is None else [(plan.time, "<", _moment(end_at))]
+        kept = [v.kept_us for v in self._plan.event_views if v.source.name == source]
+        if start_at is not None and min(kept, default=0) >= 0:
+            where.append((plan.time, ">=", _moment(start_at - max(kept, default=0))))
+        return self._lake.read(source, version=version, columns=list(dict.fromkeys(columns)), where=where or None)
+
+    def _source(self, name: str) -> SourcePlan:
+        return self._plan.row if name == self._plan.row.name else self._plan.sources[name]
+
+    def _catch_up(self, source: str, version: int | None) -> None:
+        if version is not None:
+            self._store.ingest(source, self._read(source, version), lake_version=version, whole=True)
+
+    def _tell(self, kind: str, at: int | None, data: dict[str, Any], *, key: str) -> None:
+        name = self._pipeline.name
+        self._record([Event(kind=kind, subject=name, pipeline=name, at=at, wall_s=time.time(), data=data, key=key)])
+
+
+def _moment(us: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=us)
+
+
+def _table(rows: Any) -> pa.Table:
+    ray = sys.modules.get("ray")
+    return ray.get(rows) if ray is not None and isinstance(rows, ray.ObjectRef) else rows
+
+
+def _shared(rows: pa.Table) -> Any:
+    """The rows as an Arrow reference in Ray's object store; without Ray, themselves."""
+    ray = sys.modules.get("ray")
+    rows = rows.combine_chunks()
+    return ray.put(rows) if ray is not None and ray.is_initialized() else rows
