@@ -34,7 +34,11 @@ class DelayNet(torch.nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(inputs, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)
+            torch.nn.Linear(inputs, 64),
+            torch.nn.ReLU(),
+            torch.nn.Linear(64, 32),
+            torch.nn.ReLU(),
+            torch.nn.Linear(32, 1),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

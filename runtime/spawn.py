@@ -6,11 +6,16 @@ for it; `spawn` gives back the running one if there is one (actors are found by 
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raymill.runtime.errors import Unavailable
+from raymill.runtime.errors import RaymillError, Unavailable
+from raymill.runtime.messages import Lease
 
 NAMESPACE = "raymill"
 
@@ -22,16 +27,17 @@ def spawn(
     num_cpus: float = 0,
     max_concurrency: int = 8,
     restart: bool = True,
-    env: dict[str, str] | None = None,
+    anew: bool = False,
     **options: Any,
 ) -> Any:
     """Handle of the actor `name`, started with `cls(*args)` and `start()` if it does not run yet.
 
-    A restarted actor (Ray restarts it when its process dies) is built and started anew from its arguments: what
-    it must not lose lies in a durable place.
+    A restarted actor (Ray restarts it when its process dies) is built and started anew from its arguments, and
+    calls under way are made again: what it must not lose lies in a durable place, and every call is idempotent.
+    With `anew` a running one is ended first, for its arguments may be others now.
     """
-    if env:
-        options["runtime_env"] = {"env_vars": env}
+    if anew:
+        end(name)
     remote = ray.remote(_started(cls))
     return remote.options(
         name=name,
@@ -41,8 +47,28 @@ def spawn(
         num_cpus=num_cpus,
         max_concurrency=max_concurrency,
         max_restarts=-1 if restart else 0,
+        max_task_retries=3 if restart else 0,
         **options,
     ).remote(*args)
+
+
+def ask(call: Any, timeout_s: float | None = None) -> Any:
+    """The answer of a remote call; raymill's own errors come out as they were raised, not wrapped by Ray.
+
+    Raises:
+        RaymillError: what the actor raised.
+        Unavailable: the actor is dead, or did not answer within `timeout_s`.
+    """
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except RayTaskError as err:
+        if isinstance(err.cause, RaymillError):
+            raise err.cause from err
+        raise
+    except (RayActorError, GetTimeoutError) as err:
+        raise Unavailable(
+            f"an actor does not answer ({type(err).__name__}: {err}): `raymill run` starts it anew"
+        ) from err
 
 
 def find(name: str) -> Any:
@@ -55,6 +81,66 @@ def find(name: str) -> Any:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as err:
         raise Unavailable(f"actor {name!r} does not run on this cluster: start it with `raymill run`") from err
+
+
+def end(name: str) -> None:
+    """End the actor `name` for good and wait until its name is free; nothing if it does not run."""
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        while True:
+            ray.get_actor(name, namespace=NAMESPACE)
+            time.sleep(0.02)
+    except ValueError:
+        return  # there is no such actor (any more)
+
+
+class Remote:
+    """A named actor as a plain object: its methods, blocking; picklable.
+
+    While the actor is being restarted calls wait and are made again, up to `patience_s`: they must be idempotent.
+    """
+
+    def __init__(self, name: str, patience_s: float = 60.0) -> None:
+        self._name, self._patience_s = name, patience_s
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return partial(self._call, method)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        end = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return ask(getattr(find(self._name), method).remote(*args, **kwargs))
+            except Unavailable:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.1)
+
+
+def in_lease(cls: type, lease: Lease, *args: Any, max_concurrency: int = 4) -> Any:
+    """Handle of a new unnamed actor in the lease's placement group, built with `cls(*args)` and `start()`.
+
+    It is not detached and never restarted: it dies with the process that asked for it, and its death is the asker's
+    to see.
+    """
+    others = dict(lease.resources)
+    cpus, gpus = others.pop("CPU", 0.0), others.pop("GPU", 0.0)
+    return (
+        ray.remote(_started(cls))
+        .options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            resources=others,
+            max_restarts=0,
+            max_concurrency=max_concurrency,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=lease.placement_group, placement_group_bundle_index=0
+            ),
+        )
+        .remote(*args)
+    )
 
 
 def _started(cls: type) -> type:

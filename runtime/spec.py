@@ -269,6 +269,8 @@ class Drills:
     """Take the gang's spot node away, with notice, in the middle of the first retrain that has one."""
     kill_replica_on: str | None = None
     """Event date (YYYY-MM-DD) on which the serving replica's process gets SIGKILL under load."""
+    bad_rows: Callable[[], list[tuple[str, str, Any]]] | None = None
+    """Gives (source, event date, Arrow table) of faulty rows to mix in; counted apart from real faults."""
 
 
 @dataclass(frozen=True, config=_VALUE)
@@ -279,8 +281,6 @@ class Replay:
     """Event date (YYYY-MM-DD): rows before it are history, ingested at once and trained on."""
     until: str | None = None
     """Event date at which the replay ends; absent: when the rows end."""
-    step: Duration = "1d"
-    """Event time of one batch."""
     rows_per_request: Annotated[int, Field(ge=1)] = 256
     """Rows of one request to the endpoint."""
     drills: Drills = field(default_factory=Drills)
@@ -315,6 +315,11 @@ class Pipeline:
         if twice:
             raise ValueError(f"views {twice} are declared twice: give each its own name")
         row = self.label.source.schema
+        taken = [c for c in ("id", "at") if c in row]
+        if taken:
+            raise ValueError(
+                f"source {self.label.source.name!r}: a request has fields {taken} of its own: rename yours"
+            )
         lost = [c for c in self.label.value.columns() if c not in row]
         if lost:
             raise ValueError(f"label {self.label.name!r} reads {lost}, which source {self.label.source.name!r} lacks")

@@ -1,0 +1,1 @@
+"""The `raymill` command: one file per verb."""

@@ -1,0 +1,64 @@
+"""The `raymill` command: one file per verb; a verb's file imports what is heavy only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+from raymill.jobs.cli.output import err, fail
+from raymill.runtime.errors import RaymillError
+
+VERBS = {
+    "run": "The whole loop of a pipeline file.",
+    "plan": "What a run would do and cost, without starting anything.",
+    "up": "Start a cluster on this machine.",
+    "down": "Stop what `up` started.",
+    "status": "What runs: nodes, leases, queue, versions.",
+    "models": "Versions of the models and where in their life they are.",
+    "promote": "Make a version live.",
+    "rollback": "Go back to the version that was live before.",
+    "predict": "Ask the endpoint.",
+    "drift": "The monitor's verdicts, in money.",
+    "cost": "Node-seconds × price, split over training, serving, idle.",
+    "lineage": "From a prediction back to its source rows.",
+    "report": "Where the newest run's report is.",
+    "doctor": "What is wrong with this machine, and the remedy.",
+}
+
+
+app = typer.Typer(
+    name="raymill",
+    help="From raw rows to a monitored, self-correcting endpoint, on one Ray cluster.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb, sentence in VERBS.items():
+    app.command(verb, help=sentence)(getattr(import_module(f"raymill.jobs.cli.{verb}"), verb))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb; a raymill error becomes one message with its remedy, and a traceback only with `--debug`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    as_json = "--json" in words
+    if debug:
+        words.remove("--debug")
+    try:
+        result = app(words, standalone_mode=False)
+    except RaymillError as error:
+        if debug:
+            raise
+        sys.exit(fail(error, as_json))
+    except typer.TyperException as error:  # a wrong verb, option or argument
+        err.print(f"[bold red]usage[/]: {error}; `raymill --help` lists the verbs", highlight=False)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        err.print("interrupted; `raymill run` goes on where it was, `raymill down` stops the cluster")
+        sys.exit(130)
+    sys.exit(result if isinstance(result, int) else 0)

@@ -1,0 +1,61 @@
+"""What a verb prints: one JSON document or the human form on stdout; progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from raymill.runtime.errors import RaymillError, RequestError, SpecError
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def emit(document: Any, as_json: bool, human: Callable[[], None]) -> None:
+    """Print the document as JSON, or the human form of it."""
+    if as_json:
+        print(json.dumps(document, indent=1, default=str, allow_nan=False))
+    else:
+        human()
+
+
+def fail(error: RaymillError, as_json: bool) -> int:
+    """Print the error with its remedy; the exit code: 2 for what the user wrote, 1 for what went wrong."""
+    if as_json:
+        print(json.dumps({"error": error.message, "code": error.code, "remedy": error.remedy}, indent=1))
+    err.print(f"[bold red]{error.code}[/]: {error.message}", highlight=False, soft_wrap=True)
+    err.print(f"[dim]remedy: {error.remedy}[/]", highlight=False, soft_wrap=True)
+    return 2 if isinstance(error, SpecError | RequestError) else 1
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a table on stdout."""
+    drawn = Table(title=title, title_justify="left", header_style="bold")
+    for name in columns:
+        drawn.add_column(name, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    out.print(drawn)
+
+
+def progress() -> Progress:
+    """A progress bar on stderr; where that is no terminal, nothing moves but the finished lines stay."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=err,
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,133 @@
+"""`raymill run PIPELINE`: the whole loop, on the running cluster or on one of its own that ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raymill.jobs.cli.output import AsJson, emit, err, out, progress
+
+if TYPE_CHECKING:
+    from raymill.cluster.session import Session
+    from raymill.cluster.spec import ClusterConfig
+    from raymill.jobs.run import Run
+    from raymill.runtime.spec import Pipeline
+
+STAGES = ("train", "replay")
+
+
+def run(
+    pipeline: Annotated[Path, typer.Argument(help="The pipeline file, e.g. jobs/flights.py.")],
+    keep: Annotated[bool, typer.Option("--keep", help="Leave cluster and endpoint up afterwards.")] = False,
+    cluster: Annotated[Path | None, typer.Option(help="cluster.toml; absent: the demo's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """From raw rows to a monitored, self-correcting endpoint; an unfinished run of the pipeline is taken up again."""
+    from raymill.jobs import pipeline_file
+
+    declared = pipeline_file.load(pipeline)
+    summary, folder = run_pipeline(declared, cluster, keep)
+    emit(summary, as_json, lambda: _print(summary, folder))
+
+
+def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[dict[str, Any], Path]:
+    """Run it; the summary, and the folder that holds the report.
+
+    A cluster that was up before stays up; one that this call starts is ended with it, also when it fails.
+    """
+    from raymill.cluster import session
+    from raymill.cluster.spec import load_config
+    from raymill.jobs import pipeline_file
+    from raymill.jobs.run import open_run
+    from raymill.runtime.home import current_home
+
+    config = load_config(cluster)
+    began = time.monotonic()
+    found = running_session()
+    ours = found is None
+    home = found.home if found else current_home()
+    with open_run(home, declared.name, pipeline_file.resolved(declared)) as opened:
+        try:
+            with opened.stage("up"):
+                used = found or session.up(home, config, say=_say)
+            os.environ.update(used.environment())
+            summary, details = _loop(declared, used, config, opened)
+        finally:
+            if ours and not keep:
+                with opened.stage("down"):
+                    session.down(home, say=_say)
+        summary["seconds"] = {**opened.progress.seconds, "total": round(time.monotonic() - began, 3)}
+        _finish(opened, summary, details)
+        return summary, opened.folder
+
+
+def running_session() -> Session | None:
+    """The cluster to use: this home's running one, else that of the Ray job we are in; None: there is none."""
+    from raymill.cluster import attach, session
+    from raymill.runtime.home import current_home
+
+    found = session.load(current_home())
+    if found and found.is_alive:
+        return found
+    return attach.attach() if os.environ.get("RAY_ADDRESS") else None
+
+
+def _loop(
+    declared: Pipeline, used: Session, config: ClusterConfig, opened: Run
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    import ray
+
+    from raymill.jobs.loop import run_loop
+    from raymill.jobs.summary import summarise
+    from raymill.jobs.world import build_world
+
+    if not ray.is_initialized():
+        ray.init(address=used.address, log_to_driver=False, logging_level="ERROR")
+    world = build_world(declared, used, config, opened)
+    try:
+        with progress() as bars:
+            tasks = {stage: bars.add_task(stage, total=None, note="", visible=False) for stage in STAGES}
+
+            def tick(stage: str, done: int, of: int, note: str) -> None:
+                bars.update(tasks[stage], completed=done, total=of, note=note, visible=True)
+
+            recording = run_loop(world, opened, _say, tick)
+        with opened.stage("report"):
+            return summarise(world, opened, recording.start, recording.end)
+    finally:
+        world.close()
+        ray.shutdown()
+
+
+def _finish(opened: Run, summary: dict[str, Any], details: dict[str, Any]) -> None:
+    from raymill.jobs.report import write_report
+    from raymill.jobs.run import write_atomically
+
+    write_report(opened.folder, summary, details)
+    write_atomically(opened.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+    opened.progress.finished = True
+    opened.save()
+
+
+def _say(text: str) -> None:
+    err.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}", highlight=False, soft_wrap=True)
+
+
+def _print(summary: dict[str, Any], folder: Path) -> None:
+    requests, rows = summary["requests"], summary["rows"]
+    out.print(
+        f"[bold]{summary['pipeline']}[/] run {summary['run']}: {summary['seconds']['total']:.0f} s, "
+        f"{rows['ingested']:,} rows, {requests['served']:,} requests ({requests['failed']} failed, "
+        f"{requests['retried']} retried), {len(summary['retrains'])} retrains, "
+        f"{summary['cost']['bill_usd']:.3f} USD of nodes",
+        highlight=False,
+    )
+    for what in summary.get("skipped", []):
+        out.print(f"skipped: {what}", highlight=False)
+    out.print(f"report   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"summary  {folder / 'summary.json'}", highlight=False, soft_wrap=True)

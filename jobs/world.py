@@ -1,0 +1,141 @@
+"""The actors of one pipeline on one cluster, wired: the only place where they are all named together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raymill.actors.data import DataActor, read_rows
+from raymill.actors.drift import DriftMonitor
+from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.features import FeatureActor
+from raymill.actors.gang import NodeKind
+from raymill.actors.ranks import Owner
+from raymill.actors.rollout import ModelSpec, from_user_config, spec_of
+from raymill.actors.scheduler import GpuPoolScheduler, RemoteScheduler
+from raymill.actors.training import Gang
+from raymill.cluster.nodes import ClusterActor
+from raymill.cluster.session import Session
+from raymill.cluster.spec import ClusterConfig
+from raymill.jobs.replay import Recording
+from raymill.jobs.run import Run
+from raymill.runtime.client import Client, connect
+from raymill.runtime.errors import Unavailable
+from raymill.runtime.home import Home
+from raymill.runtime.messages import LeaseRequest, Purpose
+from raymill.runtime.records import RecordsActor, RemoteRecords
+from raymill.runtime.spawn import Remote, spawn
+from raymill.runtime.spec import Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Handles of everything that a loop talks to."""
+
+    pipeline: Pipeline
+    session: Session
+    home: Home
+    records: RemoteRecords
+    scheduler: RemoteScheduler
+    data: Any
+    features: Any
+    monitor: Any
+    cluster: Any
+    """The cluster actor; None where `up` did not start the cluster."""
+    gang: Gang
+    endpoint: Endpoint
+    client: Client
+
+    def deploy(self) -> None:
+        """Take the replicas' grant and bring the application up with the present versions."""
+        name = self.pipeline.name
+        wanted = LeaseRequest(
+            owner=f"serve/{name}", purpose=Purpose.SERVING, count=self.pipeline.serve.min_replicas, pipeline=name
+        )
+        granted = self.scheduler.grant(wanted)
+        self.endpoint.deploy(self._models(), Placement(replicas=len(granted.leases), **head_only()))
+
+    def serve_present_versions(self) -> None:
+        """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""
+        self.endpoint.set_models(self._models())
+
+    def flush_predictions(self) -> None:
+        """Wait until lake and monitor hold every prediction that was answered."""
+        self.endpoint.flush()
+
+    def _models(self) -> list[ModelSpec]:
+        """This pipeline's model as the registry has it, beside those that are served already."""
+        plan = FeaturePlan.of(self.pipeline).to_json()
+        mine = spec_of(self.pipeline, plan, self.records.versions(self.pipeline.name))
+        try:
+            served = self.endpoint.config()["applications"][0]["deployments"][0]["user_config"]
+        except Unavailable:
+            return [mine]
+        return [m for m in from_user_config(served).values() if m.name != mine.name] + [mine]
+
+    def close(self) -> None:
+        """End the gang's ranks and the client; actors and endpoint stay with the cluster."""
+        self.gang.close()
+        self.client.close()
+        self.endpoint.close()
+
+
+def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | None, run: Run) -> World:
+    """Spawn what does not run yet, anew what belongs to the pipeline (its file may have changed), and wire it."""
+    home = session.home
+    records = RemoteRecords()
+    place = head_only()
+    spawn(RecordsActor, str(home.root), name="records", **place)
+    kinds = node_kinds(config) if config and session.has_autoscaler else ()
+    spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=16, **place)
+    cluster = None
+    if session.managed and config is not None:
+        spawn(ClusterActor, str(home.root), config, records, name="cluster", **place)
+        cluster = Remote("cluster")
+    name = pipeline.name
+    own = {"anew": True, **place}
+    spawn(DataActor, str(home.root), list(pipeline.sources), records, name, name=f"data/{name}", **own)
+    spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own)
+    spawn(DriftMonitor, str(home.root), pipeline, records, name=f"drift/{name}", **own)
+    scheduler = RemoteScheduler()
+    return World(
+        pipeline=pipeline,
+        session=session,
+        home=home,
+        records=records,
+        scheduler=scheduler,
+        data=Remote(f"data/{name}"),
+        features=Remote(f"features/{name}"),
+        monitor=Remote(f"drift/{name}"),
+        cluster=cluster,
+        gang=Gang(
+            scheduler,
+            pipeline.train,
+            owner=Owner(name=f"gang/{name}", pipeline=name, run=run.id),
+            checkpoint_dir=home.models / "checkpoints",
+            record=records,
+        ),
+        endpoint=Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options()),
+        client=connect(session.serve_url),
+    )
+
+
+def recorded(pipeline: Pipeline) -> Recording:
+    """The pipeline's recorded rows, read by its sources' `read`."""
+    return Recording(pipeline, {s.name: read_rows(s) for s in pipeline.sources})
+
+
+def node_kinds(config: ClusterConfig) -> tuple[NodeKind, ...]:
+    """What the autoscaler may launch, in the scheduler's words."""
+    return tuple(
+        NodeKind(name=name, market=kind.market, resources=dict(kind.resources), max_nodes=kind.max_workers)
+        for name, kind in config.node_types.items()
+    )
+
+
+def head_only() -> dict[str, Any]:
+    """Options that keep an actor on the head, where the durable places are; none where the cluster knows no head."""
+    return {"resources": {"head": 0.01}} if "head" in ray.cluster_resources() else {}

@@ -1,0 +1,77 @@
+import pytest
+from pydantic import ValidationError
+
+from raymill.runtime import Col, Cost, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train, col
+
+ROWS = Source(
+    "rows",
+    key=["ref"],
+    time="t",
+    schema={"ref": Col("string"), "t": Col("timestamp"), "who": Col("string"), "v": Col("float64", nullable=True)},
+)
+
+
+def a_pipeline(**other):
+    fields = {
+        "views": [FeatureView("past", ROWS, entity="who", features={"mean": col("v").mean("1d")})],
+        "label": Label("big", ROWS, col("v") > 1),
+        "train": Train(lambda n: None),
+        "monitor": Monitor(cost=Cost(missed=2, false_alarm=1)),
+    }
+    return Pipeline("demo", **fields | other)
+
+
+def test_a_pipeline_names_its_inputs_sources_and_request_columns():
+    pipeline = a_pipeline(
+        views=[
+            FeatureView("past", ROWS, entity="who", features={"mean": col("v").mean("1d")}),
+            OnDemand("calendar", features={"hour": col("t").hour()}),
+        ]
+    )
+    assert pipeline.feature_names == ("past.mean", "calendar.hour")
+    assert pipeline.sources == (ROWS,)
+    assert pipeline.request_columns == ("who", "t")
+
+
+def test_a_features_hash_changes_with_its_definition_only():
+    one = a_pipeline().feature_hashes["past.mean"]
+    same = a_pipeline(train=Train(lambda n: None, epochs=9)).feature_hashes["past.mean"]
+    other = FeatureView("past", ROWS, entity="who", features={"mean": col("v").mean("2d")})
+    assert one == same != a_pipeline(views=[other]).feature_hashes["past.mean"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Source("rows", key=["nope"], time="t", schema=ROWS.schema), "nope"),
+        (lambda: Source("rows", key=["ref"], time="who", schema=ROWS.schema), "must be a timestamp"),
+        (lambda: Source("Rows!", key=["ref"], time="t", schema=ROWS.schema), "lower case"),
+        (lambda: FeatureView("v", ROWS, entity="who", features=["gone"]), "v.gone reads"),
+        (lambda: FeatureView("v", ROWS, entity="whom", features=["v"]), "entity columns"),
+        (lambda: FeatureView("v", ROWS, entity="who", features=["v"], max_age="3 days"), "not a duration"),
+        (lambda: OnDemand("v", features={"m": col("v").mean("1d")}), "has a window"),
+        (lambda: Train(lambda n: None, ranks=1, min_ranks=2), "lower min_ranks"),
+        (lambda: a_pipeline(label=Label("big", ROWS, col("w") > 1)), "label 'big' reads"),
+        (lambda: a_pipeline(views=[]), "no features"),
+        (lambda: a_pipeline(views=[OnDemand("a", features={"h": col("t").hour()})] * 2), "declared twice"),
+        (
+            lambda: a_pipeline(
+                label=Label(
+                    "big",
+                    Source("r", key=["id"], time="t", schema={"id": Col("string"), "t": Col("timestamp")}),
+                    col("t") > 1,
+                )
+            ),
+            "rename yours",
+        ),
+        (lambda: a_pipeline(traln=3), "Unexpected keyword"),
+        (lambda: Cost(missed=-1, false_alarm=1), "greater than or equal"),
+    ],
+)
+def test_a_wrong_declaration_is_refused_where_it_is_written(make, says):
+    with pytest.raises((ValidationError, Exception), match=says):
+        make()
+
+
+def test_the_threshold_is_where_acting_becomes_cheaper_than_not():
+    assert Cost(missed=120, false_alarm=30).threshold == pytest.approx(0.2)
