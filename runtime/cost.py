@@ -144,7 +144,7 @@ def _spans(events: Sequence[Mapping[str, Any]], since_s: float, now_s: float) ->
             open_[key] = span
             (nodes if thing == "node" else leases).append(span)
         elif verb in ("stopped", "released") and (key in open_ or key in unheard):
-            _close(open_.pop(key, None) or unheard.pop(key), event["wall_s"])
+            _close(open_.pop(key) if key in open_ else unheard.pop(key), event["wall_s"])
         last_s = max(last_s, event["wall_s"])
     for span in (*nodes, *leases):
         span.start = min(max(span.start, since_s), now_s)
