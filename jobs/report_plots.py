@@ -41,6 +41,12 @@ _STYLE = {
     "legend.fontsize": 8.5,
 }
 
+_LANE_PT = 10
+"""Height of a line of labels above the plot."""
+
+_LETTER_SHARE = 0.0085
+"""Width of a label's letter, of the plot's width."""
+
 _MARKS = {
     "retrain": ("retrain", MUTED),
     "canary": ("canary", MUTED),
@@ -57,13 +63,16 @@ def timeline(months: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, A
         return ""
     names = [str(m["month"]) for m in months]
     x = np.arange(len(names))
+    placed = _placed(names, marks)
+    lanes = _lanes(placed, len(names))
+    above = _LANE_PT * (max(lanes, default=-1) + 1)
     with _styled() as figure_of:
-        figure = figure_of((9, 6.2))
-        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1, 0.7])
+        figure = figure_of((9, 6 + above / 72))
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[1.1, 1, 0.7])
         top.plot(x, _column(months, "auc"), color=LIVE, marker="o", markersize=4, linewidth=1.8, label="answered")
         top.plot(x, _column(months, "baseline_auc"), color=BASE, marker="o", markersize=3, label="baseline")
-        top.set_title("AUC by month", pad=26)
-        top.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.12), borderaxespad=0)
+        top.set_title("AUC by month", pad=6 + above)
+        top.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.04 + above / 130), borderaxespad=0)
         middle.bar(x - 0.19, _column(months, "usd") / 1000, 0.36, color=LIVE, label="answered")
         middle.bar(x + 0.19, _column(months, "baseline_usd") / 1000, 0.36, color=BASE, label="baseline")
         middle.set_title(f"Money lost by month, thousand {unit}")
@@ -75,7 +84,7 @@ def timeline(months: Sequence[Mapping[str, Any]], marks: Sequence[Mapping[str, A
         bottom.set_xlim(-0.6, len(names) - 0.4)
         for axes in (top, middle, bottom):
             axes.grid(axis="x", visible=False)
-        _draw_marks((top, middle, bottom), names, marks)
+        _draw_marks((top, middle, bottom), placed, lanes)
         figure.align_ylabels()
         figure.tight_layout(h_pad=1.2)
         return _svg(figure, "timeline")
@@ -85,13 +94,17 @@ def latency(bounds_ms: Sequence[float], counts: Sequence[int], quantiles: Mappin
     """Histogram of latencies, `counts[i]` between `bounds_ms[i]` and the next; empty without counts."""
     if not any(counts):
         return ""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     with _styled() as figure_of:
-        figure = figure_of((6.4, 2.5))
+        figure = figure_of((5, 2.4))
         axes = figure.subplots()
         axes.stairs(counts, bounds_ms, fill=True, color=LIVE, alpha=0.8)
         axes.set_xscale("log")
         axes.set_xlabel("milliseconds")
         axes.set_ylabel("requests")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for name, value in quantiles.items():
             if value:
@@ -114,20 +127,36 @@ def histogram(values: Sequence[float], bins: int = 40) -> tuple[list[float], lis
     return bounds.tolist(), counts.tolist()
 
 
-def _draw_marks(panels: Sequence[Any], names: Sequence[str], marks: Sequence[Mapping[str, Any]]) -> None:
-    last = [-9.0, -9.0]
-    for mark in sorted(marks, key=lambda m: str(m["at"])):
-        place = _place(str(mark["at"]), names)
-        label, color = _MARKS.get(str(mark["kind"]), (str(mark["kind"]), MUTED))
-        if place is None:
-            continue
+def _draw_marks(panels: Sequence[Any], marks: Sequence[tuple[float, str, str]], lanes: Sequence[int]) -> None:
+    for (place, label, color), lane in zip(marks, lanes, strict=True):
         for axes in panels:
             axes.axvline(place, color=color, linewidth=1, linestyle=(0, (2, 2)))
+        panels[0].annotate(label, (place, 1), (0, 2 + _LANE_PT * lane), color=color, ha="center", **_ON_TOP)
+
+
+def _placed(names: Sequence[str], marks: Sequence[Mapping[str, Any]]) -> list[tuple[float, str, str]]:
+    """(place, label, colour) of the marks that lie on the axis, from left to right."""
+    found = []
+    for mark in marks:
+        place = _place(str(mark["at"]), names)
+        label, color = _MARKS.get(str(mark["kind"]), (str(mark["kind"]), MUTED))
         if mark.get("version") is not None:
             label = f"{label} v{mark['version']}"
-        row = 0 if place - last[0] > 1.1 or last[0] < last[1] else 1
-        last[row] = place
-        panels[0].annotate(label, (place, 1), (0, 2 + 10 * row), color=color, ha="center", **_ON_TOP)
+        if place is not None:
+            found.append((place, label, color))
+    return sorted(found)
+
+
+def _lanes(marks: Sequence[tuple[float, str, str]], months: int) -> list[int]:
+    """A line for each label, the lowest on which it does not run into its neighbour."""
+    ends: list[float] = []
+    lanes = []
+    for place, label, _ in marks:
+        half = (len(label) + 2) * _LETTER_SHARE * months / 2
+        lane = next((i for i, end in enumerate(ends) if end <= place - half), len(ends))
+        ends[lane : lane + 1] = [place + half]
+        lanes.append(lane)
+    return lanes
 
 
 def _place(day: str, names: Sequence[str]) -> float | None:
