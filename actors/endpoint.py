@@ -184,7 +184,7 @@ class Endpoint:
         told = ""
         while time.monotonic() < end_s:
             application = self._details().get("applications", {}).get(APPLICATION, {})
-            told = f"{application.get('status')}: {application.get('message', '')}"
+            told = _told(application)
             if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise ClusterError(
                     f"Serve could not bring {APPLICATION!r} up: {told}; its log is under `serve/` of Ray's"
@@ -236,6 +236,12 @@ def ray_headers() -> dict[str, str]:
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
     return dict(get_auth_headers_if_auth_enabled({}))
+
+
+def _told(application: dict[str, Any]) -> str:
+    deployment = application.get("deployments", {}).get(DEPLOYMENT, {})
+    parts = (application.get("status", "absent"), application.get("message"), deployment.get("message"))
+    return ": ".join(p.strip()[-1500:] for p in parts if p)
 
 
 def _raise_failures(states: list[dict[str, Any]]) -> None:

@@ -126,7 +126,10 @@ class ServingReplica:
             await asgi.send_reply(send, reply)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.handle_http
+        async def app(scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+            await self.handle_http(scope, receive, send)
+
+        return app  # uvicorn takes a bound method for an application of ASGI 2
 
     async def _lifespan(self, receive: asgi.Receive, send: asgi.Send) -> None:
         loop = asyncio.get_running_loop()

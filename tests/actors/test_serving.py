@@ -1,0 +1,244 @@
+"""The endpoint on a real Serve behind its own proxy: deployed by REST, changed under load, killed under load."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.lake import Lake
+from raymill.actors.online import OnlineStore
+from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route
+from raymill.cluster.environment import haproxy_files, serve_environment
+from raymill.cluster.ports import choose
+from raymill.runtime import Col, FeatureView, OnDemand, Source, col
+from raymill.runtime.client import Client
+from raymill.runtime.errors import ModelError
+from raymill.runtime.home import Home
+
+AT = 1_367_000_000_000_000
+TRIPS = Source(
+    "trips",
+    key=["trip"],
+    time="start",
+    schema={"trip": Col("int64"), "zone": Col("string"), "start": Col("timestamp"), "miles": Col("float64")},
+)
+VIEWS = [
+    FeatureView("zone", TRIPS, entity="zone", features={"miles_1d": col("miles").mean("1d")}),
+    OnDemand("trip", features={"miles": col("miles") * 1.0}),
+]
+PLAN = FeaturePlan.of_views(VIEWS, TRIPS, name="taxi")
+
+
+def spec(digests, **weights):
+    """`spec(digests, v1=1.0)`: the model with these versions and weights."""
+    routes = [
+        Route(version=int(v[1:]), digest=digests[int(v[1:]) - 1], role=Role.LIVE, weight=w) for v, w in weights.items()
+    ]
+    return ModelSpec(
+        name="taxi",
+        label="long",
+        inputs=PLAN.names,
+        routes=tuple(routes),
+        plan=PLAN.to_json(),
+        columns={c: ColumnForm(f.dtype, f.nullable) for c, f in TRIPS.schema.items()},
+        required=PLAN.request_columns,
+        key=("trip",),
+    )
+
+
+def trips(first, count):
+    return pa.table(
+        {
+            "trip": pa.array(range(first, first + count)),
+            "zone": ["a"] * count,
+            "miles": [1.5] * count,
+            "at": pa.array([AT + i for i in range(count)], pa.timestamp("us", "UTC")),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    root = Path(tempfile.mkdtemp(prefix="rmsv"))  # short: HAProxy's socket paths end at 107 characters
+    ports = choose("auto")
+    home = Home(root / "home")
+    events = {"trip": [1, 2], "zone": ["a", "a"], "miles": [1.0, 3.0]}
+    OnlineStore(home.online, PLAN).ingest(
+        "trips", pa.table(events | {"start": pa.array([AT - 5, AT - 4], pa.timestamp("us", "UTC"))})
+    )
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        **serve_environment(ports),
+        **haproxy_files(root),
+        "HOME": str(root),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(root / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    (root / "token").write_text("a-token-of-this-test-alone-0123456789")
+    host = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("serving_host.py")), str(home.root), str(ports.dashboard)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        digests = json.loads(host.stdout.readline())
+        endpoint = Endpoint(
+            f"http://127.0.0.1:{ports.dashboard}",
+            home,
+            url=f"http://127.0.0.1:{ports.serve}",
+            headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
+        )
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}))
+        yield endpoint, digests, home
+    finally:
+        host.stdin.close()
+        try:
+            host.wait(40)
+        finally:
+            host.kill()
+            left = [p for p in psutil.process_iter(["cmdline"]) if str(root) in " ".join(p.info["cmdline"] or [])]
+            for process in left:
+                process.kill()
+            shutil.rmtree(root, ignore_errors=True)
+
+
+class Load:
+    """Clients that predict without pause until told to stop; every error and every answer is kept."""
+
+    def __init__(self, url, clients=3, rows=16):
+        self.answers, self.errors, self.retried = {}, [], 0
+        self._stop, self._rows = threading.Event(), rows
+        self._threads = [threading.Thread(target=self._run, args=(url, n)) for n in range(clients)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, url, number):
+        with Client(url) as client:
+            sent = 0
+            while not self._stop.is_set():
+                try:
+                    answer = client.predict("taxi", trips(1_000_000 * (number + 1) + sent, self._rows))
+                    self.answers |= {r["id"]: (r["version"], r["p"]) for r in answer.to_pylist()}
+                except Exception as err:  # noqa: BLE001 - the test counts them
+                    self.errors.append(err)
+                sent += self._rows
+            self.retried += client.retried
+
+    def wait_for(self, more):
+        until = len(self.answers) + more
+        end = time.monotonic() + 60
+        while len(self.answers) < until and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def logged(home):
+    rows = Lake(home.lake).read("predictions", columns=["id", "version", "p", "key", "at", "role"])
+    return rows.to_pylist()
+
+
+def test_a_row_gets_its_features_and_the_live_version(cluster):
+    endpoint, _, _ = cluster
+    with Client(endpoint.url) as client:
+        answer = client.predict("taxi", [{"trip": 7, "zone": "a", "miles": 1.5}], at=AT, ids=["first"]).to_pylist()
+        features = client.features("taxi", [{"trip": 7, "zone": "a", "miles": 1.5}], at=AT).to_pylist()
+    assert (features[0]["zone.miles_1d"], features[0]["trip.miles"]) == (2.0, 1.5)
+    assert (answer[0]["id"], answer[0]["version"]) == ("first", 1)
+    assert answer[0]["p"] == pytest.approx(0.1 + 0.001 * np.tanh(3.5), abs=1e-6)
+
+
+def test_open_inference_protocol_answers_through_the_proxy(cluster):
+    endpoint, _, _ = cluster
+    with httpx.Client(base_url=endpoint.url) as http:
+        assert http.get("/v2/health/ready").json() == {"ready": True}
+        assert http.get("/v2/models/taxi/versions/1/ready").json() == {"name": "taxi", "ready": True}
+        tensor = {"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [2.0, 1.5]}
+        document = http.post("/v2/models/taxi/infer", json={"id": "q", "inputs": [tensor]}).json()
+        assert http.post("/v2/models/taxi/infer", json={"inputs": []}).status_code == 400
+    assert (document["model_version"], document["id"]) == ("1", "q")
+    assert document["outputs"][0]["data"] == [pytest.approx(0.1 + 0.001 * np.tanh(3.5), abs=1e-6)]
+
+
+def test_promotion_under_load_drops_no_request_and_keeps_the_replica(cluster):
+    endpoint, digests, _ = cluster
+    before = endpoint.replicas()
+    with Load(endpoint.url) as load:
+        load.wait_for(500)
+        endpoint.set_models([spec(digests, v1=0.5, v2=0.5)])
+        load.wait_for(500)
+        endpoint.set_models([spec(digests, v2=1.0)])
+        load.wait_for(500)
+    assert load.errors == []
+    assert set(Counter(v for v, _ in load.answers.values())) == {1, 2}
+    assert [r.pid for r in endpoint.replicas()] == [r.pid for r in before]
+    with Client(endpoint.url) as client:
+        assert set(client.predict("taxi", trips(1, 64)).column("version").to_pylist()) == {2}
+
+
+def test_a_version_that_does_not_load_takes_no_traffic(cluster):
+    endpoint, digests, _ = cluster
+    endpoint.set_models([spec(digests, v2=1.0)])
+    with Load(endpoint.url) as load:
+        load.wait_for(200)
+        with pytest.raises(ModelError, match="version 3 of taxi"):
+            endpoint.set_models([spec(digests, v3=1.0)])
+        load.wait_for(200)
+    assert load.errors == []
+    assert {v for v, _ in load.answers.values()} == {2}
+    deployed = endpoint.config()["applications"][0]["deployments"][0]["user_config"]
+    assert list(deployed["models"]["taxi"]["versions"]) == ["2"]
+
+
+def test_kill_9_of_the_replica_under_retrying_clients_loses_and_doubles_nothing(cluster):
+    endpoint, digests, home = cluster
+    endpoint.set_models([spec(digests, v1=0.7, v2=0.3)])
+    with Load(endpoint.url) as load:
+        load.wait_for(500)
+        victim = next(r for r in endpoint.replicas() if r.state == "RUNNING")
+        os.kill(victim.pid, signal.SIGKILL)
+        load.wait_for(500)
+    assert load.errors == []
+    assert load.retried > 0
+    endpoint.flush()
+    found = logged(home)
+    assert max(Counter(r["id"] for r in found).values()) == 1
+    by_id = {r["id"]: (r["version"], r["p"]) for r in found}
+    assert all(by_id[i] == answer for i, answer in load.answers.items())
+
+
+def test_an_answered_id_keeps_its_answer_over_kill_and_promotion(cluster):
+    endpoint, digests, _ = cluster
+    endpoint.set_models([spec(digests, v1=1.0)])
+    with Client(endpoint.url) as client:
+        first = client.predict("taxi", trips(1, 8), ids=[f"kept{i}" for i in range(8)])
+        os.kill(next(r for r in endpoint.replicas() if r.state == "RUNNING").pid, signal.SIGKILL)
+        again = client.predict("taxi", trips(1, 8), ids=[f"kept{i}" for i in range(8)])
+        assert again.equals(first)
+        endpoint.set_models([replace(spec(digests, v2=1.0))])
+        assert client.predict("taxi", trips(1, 8), ids=[f"kept{i}" for i in range(8)]).equals(first)
