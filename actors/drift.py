@@ -55,13 +55,25 @@ class DriftMonitor:
         home: str | Path,
         pipeline: Pipeline,
         records: RecordsActor | RemoteRecords | None = None,
+        since_s: float = 0.0,
         load: Callable[[int], Program] | None = None,
         label_value: Callable[[pa.Table], NDArray[np.float64]] | None = None,
     ) -> None:
-        """Args are where and what to watch; `records` absent: the actor; `load` absent: the registry's programs."""
+        """What to watch, and where.
+
+        Args:
+            home: RAYMILL_HOME.
+            pipeline: whose predictions.
+            records: ledger and registry; absent: the actor of that name.
+            since_s: answers given before this wall time are not looked at (a replay goes through the same event
+                time as the one before it).
+            load: a version's program; absent: the registry's.
+            label_value: label of each row of its source; absent: the pipeline's rule.
+        """
         self._home = Home(Path(home))
         self._pipeline = pipeline
         self._records = records if records is not None else RemoteRecords()
+        self._since_s = since_s
         self._load = load or partial(_load_registered, self._records, pipeline.name)
         self._label_value = label_value or partial(label_values, pipeline.label)
         self._lock = threading.RLock()
@@ -80,7 +92,7 @@ class DriftMonitor:
                 data = event["data"]
                 self._references[data["version"]] = sketches.Sketch.from_json(data["sketch"])
             if PREDICTIONS in tables:
-                mine = [("model", "=", self._pipeline.name)]
+                mine = [("model", "=", self._pipeline.name), ("wall_s", ">=", self._since_s)]
                 self._observed.add_predictions(lake.read(PREDICTIONS, columns=COLUMNS, where=mine))
             if source.name in tables:
                 columns = {*source.key, source.known_at or source.time, *self._pipeline.label.value.columns()}
@@ -116,8 +128,11 @@ class DriftMonitor:
         with self._lock:
             if segment in self._segments:
                 return 0
-            mine = predictions.filter(pc.equal(predictions.column("model"), self._pipeline.name))
-            kept = self._observed.add_predictions(mine.select(COLUMNS))
+            mine = pc.and_(
+                pc.equal(predictions.column("model"), self._pipeline.name),
+                pc.greater_equal(predictions.column("wall_s"), self._since_s),
+            )
+            kept = self._observed.add_predictions(predictions.filter(mine).select(COLUMNS))
             self._segments.add(segment)
             return kept
 

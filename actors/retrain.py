@@ -172,8 +172,6 @@ class State:
 
     model: str
     """Model that is watched."""
-    run: str = ""
-    """Run it belongs to: trainings of two runs never share an id."""
     phase: Phase = Phase.WATCHING
     """Where it stands."""
     retrains: int = 0
@@ -297,7 +295,7 @@ def _begun(state: State, at: int, reason: str, rules: RetrainRules) -> State:
         state,
         phase=Phase.RETRAINING,
         retrains=number,
-        training_id=f"{state.run or state.model}-retrain-{number}-{at}",
+        training_id=f"{state.model}-retrain-{number}-{at}",
         version=None,
         canary_from=None,
         begun={"at": at, "reason": reason},

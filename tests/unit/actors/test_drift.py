@@ -68,8 +68,8 @@ def records(tmp_path):
     actor.stop()
 
 
-def monitor(records, tmp_path, pipeline=PIPELINE, programs=PROGRAMS) -> DriftMonitor:
-    found = DriftMonitor(tmp_path, pipeline, records, lambda version: programs[version])
+def monitor(records, tmp_path, pipeline=PIPELINE, programs=PROGRAMS, since_s=0.0) -> DriftMonitor:
+    found = DriftMonitor(tmp_path, pipeline, records, since_s, lambda version: programs[version])
     found.start()
     return found
 
@@ -198,6 +198,14 @@ def test_rows_that_come_twice_or_answered_nobody_or_are_of_another_model_do_not_
     narrow = predictions.set_column(7, "x", pa.array([[1.0]] * 100, pa.list_(pa.float32())))
     assert found.observe("of an older pipeline file", narrow) == 0
     assert found.verdict(0, PERIOD).predictions == 100
+
+
+def test_answers_of_an_earlier_replay_of_the_same_time_are_not_looked_at(records, tmp_path):
+    predictions, _ = world(0, 100)
+    found = monitor(records, tmp_path, since_s=60.0)
+    assert found.observe("s", predictions) == 40
+    Lake(Home(tmp_path).lake).append("predictions", predictions, batch_id="s")
+    assert monitor(records, tmp_path, since_s=60.0).figures(0, PERIOD)["predictions"] == 40
 
 
 def test_a_sample_is_the_same_share_of_every_version(records, tmp_path):
