@@ -59,7 +59,6 @@ class Home:
         return self.root / "kernels"
 
 
-def current_home() -> Home:
-    """The home that `raymill up` fixed for this cluster, else `.raymill/` of the working directory."""
-    given = os.environ.get(HOME_VARIABLE)
-    return Home(Path(given).expanduser().resolve() if given else Path.cwd() / ".raymill")
+def current_home(default: str | Path = ".raymill") -> Home:
+    """The home that `raymill up` fixed for this cluster, else `default` (below the working directory, or absolute)."""
+    return Home(Path(os.environ.get(HOME_VARIABLE) or default).expanduser().resolve())
