@@ -32,9 +32,9 @@ from raymill.runtime.spawn import Remote
 NAME = "scheduler"
 """The actor's name in Ray."""
 
-MAX_CONCURRENCY = 64
+MAX_CONCURRENCY = 16
 """Threads the actor is spawned with; `_MAX_WAITING` of them may wait in `acquire`."""
-_MAX_WAITING = 48
+_MAX_WAITING = MAX_CONCURRENCY - 4
 _POLL_S = 0.1
 _PLACED_POLL_S = 0.02
 _SWEEP_S = 1.0

@@ -75,8 +75,8 @@ class Lineage:
     """Whether the pipeline's plan was at hand; without it source rows can not be found."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
+        """JSON values, `steps` included."""
+        return {**asdict(self), "steps": self.steps()}
 
     def steps(self) -> list[dict[str, Any]]:
         """The way as `{what, facts}`, from the prediction down."""
