@@ -29,7 +29,7 @@ _CHUNK_S = 0.25
 _CHECKPOINT_S = 60.0
 """Longest time between two checkpoints, where an epoch lasts longer."""
 _BARREN = 3
-"""Failures in a row without a step done: then it is the model's fault, not a rank's."""
+"""Failures in a row without a step done, or in one epoch without a rank lost: more are the model's fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,8 @@ class Fit:
         self._state: Any = None
         self._loss: _Loss | None = None
         self._formed = 0
-        self._chunk, self._barren = 1, 0
+        self._chunk = 1
+        self._barren = self._faults = 0
         self._began_s = self._saved_s = self._epoch_began_s = time.monotonic()
 
     def run(self) -> TrainResult:
@@ -170,7 +171,8 @@ class Fit:
     def _recover(self, broken: GangBroken) -> None:
         """Find the newest state that is left: a survivor's, else the checkpoint's."""
         self._barren += 1
-        if self._barren > _BARREN:
+        self._faults += not broken.lost
+        if max(self._barren, self._faults) > _BARREN:
             raise TrainingError(f"training {self._id} fails at step {self._at.step} again and again: {broken.why}")
         self._ranks.drop(broken.lost)
         left = self._ranks.positions()
@@ -223,7 +225,7 @@ class Fit:
             ranks=len(self._ranks),
         )
         self._epochs.append(metrics)
-        self._epoch_began_s = now
+        self._epoch_began_s, self._faults = now, 0
         try:
             self._save()
         except GangBroken:

@@ -192,7 +192,7 @@ class Ranks:
                     answers[ref] = ray.get(ref)
                 except RayActorError as err:
                     lost.append(rank)
-                    why = str(err).splitlines()[0]
+                    why = _cause(err)
                 except RayTaskError as err:
                     if isinstance(err.cause, RaymillError):
                         raise err.cause from err
@@ -207,3 +207,9 @@ class Ranks:
         """The scheduler's answer, whether it is an actor's handle or the object itself."""
         call = getattr(self._scheduler, method)
         return ray.get(call.remote(*args)) if hasattr(call, "remote") else call(*args)
+
+
+def _cause(err: RayActorError) -> str:
+    """Why an actor is dead: what its constructor raised stands in the last line, behind a traceback."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] else lines[0]

@@ -78,6 +78,8 @@ class TrainerActor:
         interface = _interface(self._node_ip)
         if interface:  # else gloo takes the address that the host's name stands for, which may be another machine's
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        import torch._dynamo  # the first optimizer would import it (2 s)
+
         import raymill.actors.engine  # noqa: F401
 
     def health(self) -> int:
