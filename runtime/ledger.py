@@ -47,6 +47,8 @@ CREATE TRIGGER IF NOT EXISTS events_are_not_changed BEFORE UPDATE ON events
 CREATE TRIGGER IF NOT EXISTS events_are_not_removed BEFORE DELETE ON events
   BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
+# The second condition is what lets SQLite use the partial index; without it every append reads the whole table.
+_KEY_KNOWN = "SELECT 1 FROM events WHERE key = ? AND key <> ''"
 _COLUMNS = ("seq", "kind", "subject", "pipeline", "run", "at", "wall_s", "data", "key", "hash")
 
 
@@ -112,7 +114,7 @@ class Ledger:
         seq, previous = _head(db)
         first = seq
         for event in events:
-            if event.key and db.execute("SELECT 1 FROM events WHERE key = ?", (event.key,)).fetchone():
+            if event.key and db.execute(_KEY_KNOWN, (event.key,)).fetchone():
                 continue
             seq += 1
             row = _row(event, seq)

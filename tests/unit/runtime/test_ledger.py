@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymill.runtime.errors import ContractError, StoreError
-from raymill.runtime.ledger import Ledger, canonical
+from raymill.runtime.ledger import _KEY_KNOWN, Ledger, canonical
 from raymill.runtime.messages import Event
 
 
@@ -56,6 +56,12 @@ def test_a_key_is_written_once_within_a_batch_and_over_batches(ledger):
     assert ledger.append([event(3, key="b"), event(4)]) == 1
     assert [e["data"]["n"] for e in ledger.events()] == [0, 2, 4]
     assert ledger.verify().broken_seq is None
+
+
+def test_looking_for_a_key_reads_an_index_and_not_the_whole_ledger(ledger):
+    with ledger.reading() as db:
+        (plan,) = db.execute(f"EXPLAIN QUERY PLAN {_KEY_KNOWN}", ("k",)).fetchall()
+    assert "events_key" in plan[3]
 
 
 def test_a_batch_with_one_bad_event_is_not_written_at_all(ledger):
