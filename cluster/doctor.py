@@ -6,7 +6,6 @@ Checks are functions from the machine to findings; they change nothing and start
 from __future__ import annotations
 
 import importlib.metadata
-
 import ipaddress
 import os
 import shutil

@@ -96,6 +96,21 @@ class Session:
             self.home, self.ports, self.address, Path(self.token_path), Path(sys.executable).parent, here
         )
 
+    def enter(self) -> None:
+        """Make this process one that attaches: its environment, set before Ray is imported.
+
+        Raises:
+            ClusterError: Ray is imported already, with token auth off: it read its variables at import.
+        """
+        wanted = self.environment()
+        mode = wanted.get("RAY_AUTH_MODE")
+        if mode and "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != mode:
+            raise ClusterError(
+                f"ray was imported before the session at {self.root} was entered, and so without its token: "
+                "enter it first, or set RAY_AUTH_MODE=token for this process"
+            )
+        os.environ.update(wanted)
+
     def serve_options(self) -> dict[str, Any]:
         """What every PUT of Serve's REST config of this session repeats: `proxy_location`, `http_options`."""
         return serve_options(self.ports) if self.ports else {}

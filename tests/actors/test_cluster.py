@@ -1,0 +1,172 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raymill.cluster import processes, session
+from raymill.cluster.providers import namespace
+from raymill.cluster.spec import load_config, parse_config
+from raymill.runtime.errors import ClusterError
+from raymill.runtime.home import Home
+from raymill.runtime.ledger import Ledger
+
+
+def config(**provider):
+    document = load_config().model_dump()
+    document["provider"] |= {"idle_timeout_s": 6, **provider}
+    document["head"] |= {"object_store_mb": 200, "memory_mb": 2000}
+    for kind in document["node_types"].values():
+        kind |= {"object_store_mb": 100, "memory_mb": 1000}
+    return parse_config(document, "test")
+
+
+def left(home):
+    return processes.marked(processes.SESSION_MARK, str(home.root))
+
+
+def drive(script, home):
+    done = subprocess.run([sys.executable, *script, str(home.root)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    top = tmp_path_factory.mktemp("cluster")
+    before = {name: os.environ.get(name) for name in ("HOME", "RAYMILL_HOME")}
+    os.environ["HOME"] = str(top)
+    home = Home(top / "state")
+    yield home
+    session.down(home)
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def scenario(home):
+    session.up(home, config(), ports="auto")
+    return drive([str(Path(__file__).with_name("drive_cluster.py"))], home)
+
+
+def test_a_placement_group_with_a_spot_label_gets_a_spot_node(scenario):
+    started = {subject: data for kind, subject, data in scenario["events"] if kind == "node.started"}
+    first = started[scenario["nodes"][0]]
+    assert (first["node_type"], first["market"], first["price_usd_per_h"]) == ("spot", "spot", 0.3)
+    assert sorted(d["node_type"] for d in started.values()) == ["head", "spot", "spot"]
+
+
+def test_a_cluster_without_a_records_actor_is_not_watched(scenario):
+    assert scenario["refused_without_records"]
+
+
+def test_a_reclaimed_node_goes_after_its_notice_and_none_comes_while_the_market_is_shut(scenario):
+    assert scenario["noticed"] and scenario["alive_at_notice"] and scenario["refused_while_closed"]
+    kinds = [kind for kind, subject, _ in scenario["events"] if subject == scenario["nodes"][0]]
+    assert sorted(kinds) == ["node.started", "node.stopped", "spot.noticed", "spot.reclaimed"]
+
+
+def test_the_ledger_says_why_each_node_went_and_says_it_once_over_a_restart_of_the_actor(scenario):
+    stopped = [(subject, data["reason"]) for kind, subject, data in scenario["events"] if kind == "node.stopped"]
+    assert stopped == [(scenario["nodes"][0], "spot reclaim"), (scenario["nodes"][1], "idle")]
+
+
+def test_up_on_a_running_session_gives_it_back(scenario, home):
+    known = session.load(home)
+    assert session.up(home, config()).pids == known.pids
+
+
+def test_a_second_session_beside_it_is_refused_its_ports_with_the_holder_named(scenario, home, tmp_path):
+    taken = session.load(home).ports
+    ports = {name: getattr(taken, name) for name in ("gcs", "dashboard", "serve", "grpc")}
+    wanted = parse_config({**config().model_dump(), "ports": ports}, "test")
+    with pytest.raises(ClusterError, match=rf"port {taken.serve} \(serve\) is held by pid \d+ \(.*haproxy"):
+        session.up(Home(tmp_path / "other"), wanted)
+    assert session.load(Home(tmp_path / "other")) is None
+
+
+def test_the_token_is_readable_by_its_owner_only_and_the_dashboard_wants_it(scenario, home):
+    known = session.load(home)
+    assert Path(known.token_path).stat().st_mode & 0o777 == 0o600
+    said = subprocess.run(
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{known.dashboard_url}/api/serve/applications/"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "401"
+
+
+def test_after_sigkill_of_everything_but_haproxy_up_works_again_on_the_same_ports(scenario, home):
+    before = session.load(home)
+    for process in left(home):
+        if "/bin/haproxy" not in process.command:
+            os.kill(process.pid, signal.SIGKILL)
+    assert not session.load(home).is_alive
+    ports = {name: getattr(before.ports, name) for name in ("gcs", "dashboard", "serve", "grpc")}
+    again = session.up(home, parse_config({**config().model_dump(), "ports": ports}, "test"))
+    assert again.is_alive and again.started_s > before.started_s
+    assert again.serve_url == before.serve_url
+
+
+def test_down_leaves_no_process_closes_the_books_and_may_be_repeated(scenario, home):
+    scratch = session.scratch_path(home)
+    assert session.down(home) > 0
+    assert left(home) == [] and not scratch.exists() and session.load(home) is None
+    ledger = Ledger(home.record, lock_wait_s=5)
+    events = ledger.events()
+    ledger.close()
+    started = {e["subject"] for e in events if e["kind"] == "node.started"}
+    assert started == {e["subject"] for e in events if e["kind"] == "node.stopped"}
+    assert session.down(home) == 0
+
+
+PROBE = """
+import json, os, sys
+from pathlib import Path
+from raymill.cluster import session
+from raymill.runtime.home import Home
+found = session.load(Home(Path(sys.argv[1])))
+found.enter()
+import numpy, ray
+ray.init(address=found.address, log_to_driver=False)
+name = f"witness-{os.getpid()}"
+witnesses = [Path("/tmp", name), Path("/dev/shm", name), Path(sys.argv[1], name)]
+for path in witnesses:
+    path.write_text("here")
+@ray.remote(num_cpus=1, num_gpus=1, label_selector={"raymill.io/market": "spot"})
+def probe(block):
+    import raymill.actors
+    seen = [str(p) for p in witnesses if p.exists()]
+    info = {"seen": seen, "sum": int(block.sum()), "net": os.listdir("/sys/class/net")}
+    return info, numpy.ones(20 << 20, numpy.uint8)
+info, back = ray.get(probe.remote(ray.put(numpy.ones(1 << 20, numpy.uint8))), timeout=120)
+for path in witnesses:
+    path.unlink()
+addresses = sorted({n["NodeManagerAddress"] for n in ray.nodes()})
+print(json.dumps({**info, "back": back.nbytes, "addresses": addresses}))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(namespace.can_isolate() != "", reason=f"LOUD: no second host here: {namespace.can_isolate()}")
+def test_an_isolated_worker_shares_no_disk_and_no_network_and_gives_back_20_mb(home, tmp_path):
+    apart = Home(tmp_path / "apart")
+    found = session.up(apart, config(isolate=True), ports="auto", serve=False)
+    try:
+        told = drive(["-c", PROBE], apart)
+    finally:
+        session.down(apart)
+    bridge = namespace.network_of(apart.root)
+    assert told["seen"] == [] and told["sum"] == 1 << 20 and told["back"] == 20 << 20
+    assert told["addresses"] == [bridge.head, bridge.node(0).address] and found.address.startswith(bridge.head)
+    assert sorted(told["net"]) == sorted(["lo", bridge.name])
+    assert (
+        not Path("/sys/class/net", bridge.name).exists() and not Path("/run/netns", bridge.node(0).namespace).exists()
+    )
+    assert left(apart) == []
