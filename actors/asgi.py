@@ -105,6 +105,8 @@ def json_reply(document: object, status: int = 200) -> Reply:
 
 def error_reply(error: RaymillError, status: int | None = None) -> Reply:
     """A reply that says what is wrong, under which name, and what to do."""
+    cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
+    error = cause if isinstance(cause, RaymillError) else error
     status = error.http_status if status is None else status
     body = orjson.dumps({"error": error.message, "code": error.code, "remedy": error.remedy})
     return Reply(status, body, headers={"retry-after": "1"} if status in (429, 503) else {})

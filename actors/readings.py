@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from raymill.actors.lake import Lake
+from raymill.runtime import cost, lineage
 from raymill.runtime.home import Home
 from raymill.runtime.spawn import ask, find
 
@@ -42,16 +44,16 @@ class Readings:
 
     def cost(self, query: Mapping[str, str]) -> Any:
         """What was spent, by purpose."""
-        from raymill.runtime import cost
-
-        return asdict(cost.split(self._records.events(), time.time()))
+        return cost.split(self._records.events(), time.time()).to_json()
 
     def status(self, query: Mapping[str, str]) -> Any:
         """The pool: leases, and the queue with its reasons."""
         return ask(find("scheduler").status.remote(), timeout_s=_PATIENCE_S)
 
     def lineage(self, prediction: str) -> Any:
-        """The way back from a prediction to its rows."""
-        from raymill.runtime import lineage
+        """The way back from a prediction to its rows.
 
-        return asdict(lineage.of_prediction(prediction, self._home, self._records))
+        Raises:
+            UnknownPrediction: no such prediction is in the lake.
+        """
+        return lineage.trace(prediction, Lake(self._home.lake).read, self._records).to_json()

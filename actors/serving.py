@@ -279,6 +279,7 @@ class ServingReplica:
             case ("features", name) if _only(request, "POST"):
                 return await self._features(request, self._model(name))
             case ("lineage", prediction) if _only(request, "GET"):
+                await loop.run_in_executor(None, self._log.flush)  # it may have been answered a moment ago
                 return asgi.json_reply(await loop.run_in_executor(None, self._readings.lineage, prediction))
             case (what,) if (reading := self._readings.find(what)) is not None and _only(request, "GET"):
                 return asgi.json_reply(await loop.run_in_executor(None, reading, request.query))

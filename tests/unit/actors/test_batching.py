@@ -1,0 +1,50 @@
+"""The waiting line before a model."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymill.actors.batching import WaitingLine
+from raymill.runtime.errors import Overloaded
+
+
+def test_a_batch_is_whatever_waits_and_fits():
+    line = WaitingLine(max_batch_rows=5, max_rows=100)
+    for request in ("ab", "cd", "ef", "g"):
+        line.offer(request)
+    assert [line.take(), line.take(), line.take()] == [["ab", "cd"], ["ef", "g"], []]
+
+
+def test_a_request_larger_than_a_batch_is_taken_alone():
+    line = WaitingLine(max_batch_rows=2, max_rows=100)
+    line.offer("abcdef")
+    line.offer("g")
+    assert [line.take(), line.take()] == [["abcdef"], ["g"]]
+
+
+def test_a_full_line_refuses_and_takes_nothing():
+    line = WaitingLine(max_batch_rows=2, max_rows=3)
+    line.offer("ab")
+    with pytest.raises(Overloaded, match="2 rows wait"):
+        line.offer("cd")
+    assert (line.rows, len(line)) == (2, 1)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 9)), max_size=60))
+def test_requests_leave_whole_in_order_and_batches_stay_within_bounds(moves):
+    line, given_, taken = WaitingLine(max_batch_rows=6, max_rows=20), [], []
+    for n, move in enumerate(moves):
+        if move is None:
+            batch = line.take()
+            assert sum(map(len, batch)) <= 6 or len(batch) == 1
+            taken += batch
+        else:
+            try:
+                line.offer([n] * move)
+                given_.append([n] * move)
+            except Overloaded:
+                assert line.rows + move > 20
+        assert line.rows == sum(map(len, given_)) - sum(map(len, taken)) <= 20
+    while batch := line.take():
+        taken += batch
+    assert taken == given_

@@ -1,0 +1,218 @@
+"""The prediction log: on disk before it is sent, shipped once, whoever dies when."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raymill.actors import predictions
+from raymill.actors.lake import Lake
+from raymill.actors.prediction_sink import LakeSink
+from raymill.actors.predictions import PredictionLog, Scored, read_segment
+from raymill.runtime.errors import StoreError
+from tests.unit.actors.serving_parts import ListSink
+
+
+def scored(*ids, p=0.5, version=1, role="live", model="taxi"):
+    n = len(ids)
+    return Scored(
+        model=model,
+        ids=list(ids),
+        versions=np.full(n, version),
+        roles=[role] * n,
+        at=np.arange(n),
+        keys=[f"[{i}]" for i in range(n)],
+        texts=[b'{"a":1}'] * n,
+        x=np.arange(2 * n, dtype=np.float32).reshape(n, 2),
+        p=np.full(n, p, dtype=np.float32),
+    )
+
+
+@pytest.fixture
+def log(tmp_path):
+    found = PredictionLog(tmp_path / "spool", ListSink(), replica="r1")
+    found.start()
+    yield found
+    found.stop()
+
+
+def test_a_logged_row_has_every_column(tmp_path, log):
+    log.record(scored("a", "b"), [scored("a", "b", p=0.75, version=2, role="shadow")])
+    log.flush()
+    rows = log._sink.rows()
+    assert [(r["id"], r["version"], r["role"], r["p"]) for r in rows] == [
+        ("a", 1, "live", 0.5),
+        ("b", 1, "live", 0.5),
+        ("a", 2, "shadow", 0.75),
+        ("b", 2, "shadow", 0.75),
+    ]
+    assert rows[1]["x"] == [2.0, 3.0]
+    assert (rows[1]["key"], rows[1]["row"], rows[1]["replica"]) == ("[1]", '{"a":1}', "r1")
+
+
+def test_an_id_that_comes_again_gets_its_first_answer_and_is_logged_once(log):
+    log.record(scored("a", "b", p=0.5), [])
+    versions, p = log.record(scored("b", "c", p=0.75, version=2), [scored("b", "c", version=3, role="shadow")])
+    assert (versions.tolist(), p.tolist()) == ([1, 2], [0.5, 0.75])
+    log.record(scored("a", p=0.25, model="other"), [])
+    log.flush()
+    logged = [(r["model"], r["id"], r["role"]) for r in log._sink.rows()]
+    assert logged == [("taxi", i, "live") for i in "abc"] + [("taxi", "c", "shadow"), ("other", "a", "live")]
+
+
+def test_the_next_replica_ships_what_a_killed_one_left_and_knows_its_answers(tmp_path):
+    script = """
+        import sys, time
+        from pathlib import Path
+        import numpy as np
+        from raymill.actors.predictions import PredictionLog, Scored
+        log = PredictionLog(Path(sys.argv[1]), None, replica="dead")
+        log.start()
+        log.record(Scored(
+            model="taxi", ids=["a", "b"], versions=np.array([1, 1]), roles=["live"] * 2, at=np.arange(2),
+            keys=[None] * 2, texts=[None] * 2, x=np.zeros((2, 2), np.float32), p=np.full(2, 0.5, np.float32),
+        ), [])
+        print("answered", flush=True)
+        time.sleep(60)
+    """
+    spool = tmp_path / "spool"
+    dead = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(spool)], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    assert dead.stdout.readline() == "answered\n"
+    heir = PredictionLog(spool, ListSink(), replica="heir")
+    heir.start()
+    heir.flush()
+    assert heir._sink.rows() == []  # it lives: its segments are its own
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    versions, p = heir.record(scored("a", "new", p=0.75, version=2), [])
+    assert (versions.tolist(), p.tolist()) == ([1, 2], [0.5, 0.75])
+    assert heir.flush()
+    assert sorted((r["id"], r["replica"]) for r in heir._sink.rows()) == [("a", "dead"), ("b", "dead"), ("new", "heir")]
+    heir.stop()
+
+
+def test_an_answer_that_was_shipped_is_still_known_after_a_restart(tmp_path):
+    first = PredictionLog(tmp_path, ListSink(), replica="r1")
+    first.start()
+    first.record(scored("a", p=0.5), [])
+    first.stop()
+    second = PredictionLog(tmp_path, ListSink(), replica="r2")
+    second.start()
+    assert second.record(scored("a", p=0.75, version=2), [])[1].tolist() == [0.5]
+    second.stop()
+    assert second._sink.rows() == []
+
+
+def test_a_sink_that_fails_gets_the_segment_again(tmp_path):
+    log = PredictionLog(tmp_path, ListSink(fails=2), replica="r1")
+    log.start()
+    log.record(scored("a"), [])
+    assert not log.flush()
+    assert "the sink is away" in log.last_error
+    assert not log.flush()
+    assert log.flush()
+    assert [r["id"] for r in log._sink.rows()] == ["a"]
+    log.stop()
+
+
+def test_the_log_ships_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "SHIP_AFTER_S", 0.0)
+    log = PredictionLog(tmp_path, ListSink(), replica="r1")
+    log.start()
+    log.record(scored("a"), [])
+    while not log.shipped_rows:
+        time.sleep(0.01)
+    log.stop()
+
+
+def test_a_torn_tail_hides_nothing_before_it(tmp_path, log):
+    log.record(scored("a"), [])
+    log.record(scored("b"), [])
+    log.record(scored("c"), [])
+    path = log._segment.path
+    whole = path.read_bytes()
+    torn = tmp_path / "torn.arrows"
+    seen = set()
+    for size in range(0, len(whole), 7):
+        torn.write_bytes(whole[:size])
+        seen.add(tuple(read_segment(torn).column("id").to_pylist()))
+    assert seen == {(), ("a",), ("a", "b")}
+
+
+def test_a_full_disk_is_an_error_and_what_was_written_before_stays(log, monkeypatch):
+    log.record(scored("a"), [])
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.left = file, 100
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            done = self.file.write(data[: self.left])
+            self.left -= done
+            return done
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    segment = log._segment
+    segment._file = Full(segment._file)
+    with pytest.raises(StoreError, match="make room"):
+        log.record(scored("b"), [])
+    segment._file = segment._file.file
+    log.record(scored("c"), [])
+    log.flush()
+    assert [r["id"] for r in log._sink.rows()] == ["a", "c"]
+
+
+def batch(*ids, wall_s=1000.0, **fields):
+    return pa.Table.from_batches([scored(*ids, **fields).to_batch("r", wall_s)])
+
+
+def test_the_sink_writes_an_id_once_whoever_sends_it_and_shows_the_monitor_the_same(tmp_path):
+    seen = []
+    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *segment: seen.append(segment))
+    sink.ship("s1", batch("a", "b"))
+    sink.ship("s1", batch("a", "b"))
+    sink.ship("s2", pa.concat_tables([batch("b", "c", p=0.75), batch("b", "c", version=2, role="shadow")]))
+    sink.ship("s3", batch("a", model="other"))
+    rows = Lake(tmp_path / "lake").read("predictions").to_pylist()
+    found = sorted((r["model"], r["id"], r["role"], r["p"]) for r in rows)
+    assert found == [
+        ("other", "a", "live", 0.5),
+        ("taxi", "a", "live", 0.5),
+        ("taxi", "b", "live", 0.5),
+        ("taxi", "b", "shadow", 0.5),
+        ("taxi", "c", "live", 0.75),
+        ("taxi", "c", "shadow", 0.5),
+    ]
+    assert [(model, segment, t.num_rows) for model, segment, t in seen] == [
+        ("taxi", "s1", 2),
+        ("taxi", "s2", 3),
+        ("other", "s3", 1),
+    ]
+
+
+def test_a_monitor_that_fails_keeps_the_segment_out_of_the_lake_until_it_took_it(tmp_path):
+    calls = []
+
+    def observe(model, segment, rows):
+        calls.append(segment)
+        if len(calls) == 1:
+            raise OSError("away")
+
+    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", observe)
+    with pytest.raises(OSError, match="away"):
+        sink.ship("s1", batch("a"))
+    sink.ship("s1", batch("a"))
+    assert calls == ["s1", "s1"]
+    assert Lake(tmp_path / "lake").count("predictions") == 1
