@@ -272,18 +272,30 @@ def test_a_grant_that_could_not_be_written_down_is_taken_back(make, records, mon
 
 def test_status_and_notices_answer_while_many_wait(make):
     pool = DictPool()
-    pool.add("", {"CPU": 1.0, "GPU": 0.5})
+    pool.add("")
     scheduler = make(pool, kinds=())
-    asks = [threading.Thread(target=scheduler.acquire, args=(ask(1, owner=f"g{i}"), 1.5)) for i in range(8)]
-    for each in asks:
+    (first,) = scheduler.acquire(ask(1, owner="first"), 5).leases
+
+    def wait(owner):
+        answer = scheduler.acquire(ask(1, owner=owner), 60)
+        scheduler.release([x.lease_id for x in answer.leases])
+
+    waiting = [threading.Thread(target=wait, args=(f"g{i}",)) for i in range(8)]
+    for each in waiting:
         each.start()
     while len(scheduler.status()["queue"]) < 8:
         time.sleep(0.01)
-    assert "never fits" in scheduler.acquire(ask(1), 0).reason
-    assert scheduler.notices("g1") == []
-    for each in asks:
+    assert scheduler.notices("g1") == [] and len(scheduler.leases("first")) == 1
+    scheduler.release([first.lease_id])
+    for each in waiting:
         each.join()
-    assert scheduler.status()["queue"] == []
+    assert scheduler.status()["queue"] == [] and pool.asked == {}
+
+
+def test_when_too_many_wait_the_next_is_told_so_at_once(make, monkeypatch):
+    monkeypatch.setattr("raymill.actors.scheduler._MAX_WAITING", 0)
+    answer = make(DictPool("reserved")).acquire(ask(1), 60)
+    assert isinstance(answer, Queued) and "wait already" in answer.reason
 
 
 def test_many_gangs_at_once_never_share_a_gpu(make):
@@ -296,7 +308,7 @@ def test_many_gangs_at_once_never_share_a_gpu(make):
         for _ in range(4):
             answer = scheduler.acquire(ask(2, min_count=1, owner=owner), 0.4)
             if isinstance(answer, Granted):
-                seen.append([x.node_id for gang in range(4) for x in scheduler.leases(f"g{gang}")])
+                seen.append([x["node_id"] for x in scheduler.status()["leases"]])
                 scheduler.release([x.lease_id for x in answer.leases])
 
     gangs = [threading.Thread(target=use, args=(f"g{i}",)) for i in range(4)]
