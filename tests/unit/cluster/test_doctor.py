@@ -1,0 +1,74 @@
+import os
+import socket
+import subprocess
+
+from raymill.cluster import doctor, processes, session
+from raymill.cluster.spec import load_config, parse_config
+from raymill.runtime.home import Home
+
+
+def found(findings):
+    return " | ".join(f.what for f in findings)
+
+
+def test_a_token_that_others_can_read_is_found(tmp_path):
+    token = tmp_path / "auth_token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    assert "0644" in found(doctor.check_token(token))
+    token.chmod(0o600)
+    assert found(doctor.check_token(token)) == ""
+
+
+def test_a_taken_port_is_found_with_its_holder():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        ports = {"gcs": 20001, "dashboard": 20002, "grpc": 20003, "serve": taken.getsockname()[1]}
+        config = parse_config({**load_config().model_dump(), "ports": ports}, "test")
+        assert f"held by pid {os.getpid()}" in found(doctor.check_ports(config))
+
+
+def test_an_old_build_lock_is_found_and_a_fresh_one_is_not(tmp_path):
+    lock = tmp_path / "py311_cpu" / "comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert found(doctor.check_build_locks([tmp_path])) == ""
+    os.utime(lock, (1, 1))
+    assert "build lock" in found(doctor.check_build_locks([tmp_path]))
+
+
+def test_a_session_file_that_is_damaged_or_whose_processes_are_gone_is_found(tmp_path):
+    home = Home(tmp_path)
+    assert found(doctor.check_stale(home)) == ""
+    home.cluster.mkdir(parents=True)
+    session.state_path(home).write_text("{")
+    assert "damaged" in found(doctor.check_stale(home))
+
+
+def test_what_is_mended_is_ours_alone(tmp_path):
+    home, other = Home(tmp_path / "ours"), tmp_path / "theirs"
+    ours, theirs = (
+        subprocess.Popen(["sleep", "60"], env={**os.environ, processes.SESSION_MARK: str(root)})
+        for root in (home.root, other)
+    )
+    try:
+        assert "not written down" in found(doctor.check_stale(home))
+        assert doctor.mend(home) and ours.wait(timeout=5) != 0
+        assert theirs.poll() is None and doctor.mend(home) == []
+    finally:
+        for process in (ours, theirs):
+            process.kill()
+            process.wait()
+
+
+def test_a_machine_that_is_too_small_is_an_error_that_names_what_is_short(tmp_path):
+    document = load_config().model_dump()
+    document["head"]["object_store_mb"] = 10**9
+    config = parse_config(document, "test")
+    (finding,) = [f for f in doctor.check_size(Home(tmp_path), config) if f.severity is doctor.Severity.ERROR]
+    assert "/dev/shm" in finding.what and "memory" in finding.what and finding.where == str(tmp_path)
+
+
+def test_this_environment_has_every_package_it_declares():
+    assert found(doctor.check_packages()) == "" and found(doctor.check_python()) == ""

@@ -1,0 +1,88 @@
+import pytest
+
+from raymill.cluster.environment import autoscaling_document, client_environment, cluster_environment, serve_options
+from raymill.cluster.ports import Ports
+from raymill.cluster.session import scratch_path
+from raymill.cluster.spec import load_config, parse_config
+from raymill.runtime.errors import SpecError
+from raymill.runtime.home import Home
+
+PORTS = Ports(
+    gcs=6379,
+    dashboard=8265,
+    serve=8000,
+    grpc=9000,
+    agent=1,
+    client=2,
+    haproxy_stats=3,
+    haproxy_metrics=4,
+    autoscaler_metrics=5,
+    dashboard_metrics=6,
+    replica_http=7,
+    replica_grpc=8,
+)
+
+
+def test_the_demo_has_a_reserved_and_a_cheaper_spot_type():
+    config = load_config()
+    assert config.market("reserved") == "reserved" and config.market("spot") == "spot"
+    assert config.price("spot") < config.price("reserved") and config.price("head") > 0
+    assert config.spot_types == {"spot"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ports": {"gcs": 8000, "serve": 8000}}, "two ports are the same"),
+        ({"ports": {"serve": 80}}, "ports.serve"),
+        ({"node_types": {"head": {}}}, "node_types.head"),
+        ({"provider": {"isolated": True}}, "provider.isolated"),
+        ({"head": {"cpus": 0, "memory_mb": 2000, "object_store_mb": 200, "price_usd_per_h": 1}}, "head.cpus"),
+    ],
+)
+def test_a_wrong_field_of_the_file_is_named(change, said):
+    with pytest.raises(SpecError, match=said):
+        parse_config({**load_config().model_dump(), **change}, "cluster.toml")
+
+
+def test_a_missing_file_or_one_that_is_no_toml_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.toml.*can not be read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[head\n")
+    with pytest.raises(SpecError, match=r"bad\.toml is no TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_the_autoscalers_file_satisfies_rays_own_schema(tmp_path):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    document = autoscaling_document(load_config(), Home(tmp_path), "127.0.0.1:6379", tmp_path)
+    validate_config(prepare_config(document))
+    assert document["available_node_types"]["spot"]["labels"]["raymill.io/market"] == "spot"
+
+
+def test_a_job_of_another_cluster_leaks_nothing_into_ours(tmp_path):
+    home = Home(tmp_path)
+    client = client_environment(home, PORTS, "10.0.0.1:6379", tmp_path / "token", tmp_path / "bin", "/usr/bin")
+    base = {"RAY_ADDRESS": "elsewhere:1", "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "old", "KEPT": "yes"}
+    environment = cluster_environment(base, client, home, tmp_path, PORTS)
+    assert environment["KEPT"] == "yes" and environment["RAY_AUTH_MODE"] == "token"
+    assert "RAY_ADDRESS" not in environment and "RAY_AUTH_TOKEN" not in environment
+    assert environment["PATH"] == f"{tmp_path / 'bin'}:/usr/bin"
+    assert "RAYMILL_SESSION" not in client and environment["RAYMILL_SESSION"] == str(tmp_path)
+
+
+def test_sockets_of_haproxy_stay_within_what_a_unix_socket_may_be_named(tmp_path):
+    from raymill.cluster.environment import haproxy_files
+
+    deep = Home(tmp_path / ("deep" * 20))
+    for path in haproxy_files(scratch_path(deep)).values():
+        folder, _, name = path.rpartition("/")
+        assert len(f"{folder}/{'f' * 56}/{name}.1234567.tmp") <= 107 or not name.endswith(".sock")
+
+
+def test_serve_listens_on_loopback_on_the_head_only():
+    assert serve_options(PORTS) == {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+    }
