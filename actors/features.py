@@ -53,10 +53,14 @@ class FeatureActor:
         self._reader = OnlineReader(folders.online, self._plan)
 
     def start(self) -> None:
-        """Bring the online store to the lake's present versions."""
+        """Bring the online store to the lake's present versions; in a replay only to where the replay is."""
+        until = self._store.replayed_until(self._pipeline.name)
         for source in self._plan.sources:
             version = self._lake.version(source)
-            if self._store.lake_version(source) < (-1 if version is None else version):
+            if until is not None:
+                if version is not None:
+                    self._store.ingest(source, self._read(source, version, end_at=until))
+            elif self._store.lake_version(source) < (-1 if version is None else version):
                 self._catch_up(source, version)
 
     def stop(self) -> None:
@@ -77,6 +81,10 @@ class FeatureActor:
         self.ingest(
             done.source, done.rows_ref, done.batch_id, lake_version=None if done.duplicate else done.lake_version
         )
+
+    def replay_to(self, until: int) -> None:
+        """Recorded rows with event times before `until` (µs UTC) have come: say so before they are taken in."""
+        self._store.replay_until(self._pipeline.name, until)
 
     def ingest(self, source: str, rows: Any, batch_id: str, *, lake_version: int | None = None) -> None:
         """Take accepted rows into the online store, once however often they come.
@@ -102,12 +110,18 @@ class FeatureActor:
         """Online feature vectors of request rows, float32 [rows, features]; errors as in `OnlineReader.vectors`."""
         return self._reader.vectors(rows, at)
 
-    def rebuild(self) -> None:
-        """Throw the online store's views away and fill them from the lake, in one transaction."""
+    def rebuild(self, until: int | None = None) -> None:
+        """Throw the online store's views away and fill them from the lake, in one transaction.
+
+        With `until` (event time, µs UTC) as if the lake ended there: a replay begins, or begins anew, and the lake
+        may hold what comes later from a replay before it. `replay_to` moves on.
+        """
         began = time.time()
         versions = {s: v for s in self._plan.sources if (v := self._lake.version(s)) is not None}
-        self._store.replace({s: self._read(s, v) for s, v in versions.items()}, versions)
-        self._tell("features.rebuilt", None, {"lake_versions": versions, "seconds": time.time() - began}, key="")
+        tables = {s: self._read(s, v, end_at=until) for s, v in versions.items()}
+        self._store.replay_until(self._pipeline.name, until)
+        self._store.replace(tables, versions if until is None else {})
+        self._tell("features.rebuilt", until, {"lake_versions": versions, "seconds": time.time() - began}, key="")
 
     def training_set(self, start_at: int, end_at: int, known_until: int, evaluate_from: int) -> TrainingSet:
         """Labelled rows with event time in [start_at, end_at), each with its features as of that time.

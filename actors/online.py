@@ -97,19 +97,36 @@ class OnlineStore:
             self._ingest(txn, source, rows, history, lake_version, whole)
 
     def replace(self, tables: Mapping[str, pa.Table], versions: Mapping[str, int]) -> None:
-        """Throw the plan's views away and fill them from whole lake tables, in one transaction."""
+        """Throw the plan's views away and fill them from these tables, in one transaction.
+
+        `versions` names the lake version of those that are whole.
+        """
         with _as_store_error(self._path), self._environment().begin(write=True) as txn:
             for view in self._plan.event_views:
                 self._clear(txn, view)
             for source, rows in tables.items():
                 history = History.of(rows, self._plan.sources[source])
-                self._ingest(txn, source, rows, history, versions[source], True)
+                self._ingest(txn, source, rows, history, versions.get(source), source in versions)
 
     def lake_version(self, source: str) -> int:
         """Version of the lake table up to which every view has all rows; −1: not known to."""
         with _as_store_error(self._path), self._environment().begin() as txn:
             found = [_progress(txn, v) for v in self._plan.event_views if v.source.name == source]
         return min((p.lake_version if p else -1 for p in found), default=-1)
+
+    def replayed_until(self, pipeline: str) -> int | None:
+        """Event time, µs, up to which the pipeline's replay has come; None: it is not a replay."""
+        with _as_store_error(self._path), self._environment().begin() as txn:
+            found = txn.get(_replay_key(pipeline))
+        return None if found is None else int(found)
+
+    def replay_until(self, pipeline: str, until: int | None) -> None:
+        """Write down how far the replay has come."""
+        with _as_store_error(self._path), self._environment().begin(write=True) as txn:
+            if until is None:
+                txn.delete(_replay_key(pipeline))
+            else:
+                txn.put(_replay_key(pipeline), b"%d" % until)
 
     def close(self) -> None:
         """Close it in this process, unless a reader here still has it open."""
@@ -300,6 +317,10 @@ def entity_key(values: tuple[Any, ...]) -> bytes:
 
 def _record_key(view: ViewPlan, entity: bytes) -> bytes:
     return b"v" + view.digest.encode() + entity
+
+
+def _replay_key(pipeline: str) -> bytes:
+    return b"r" + pipeline.encode()
 
 
 def _progress_key(view: ViewPlan) -> bytes:

@@ -72,15 +72,15 @@ VIEWS = [
 PLAN = FeaturePlan.of_views(VIEWS, RIDES)
 
 
-def rides(dice: random.Random, n: int, first: int = 0, start: int = 0) -> list[dict[str, Any]]:
-    """One a minute or two, some late, some lost, some at the same moment."""
-    made, now = [], start
+def rides(dice: random.Random, n: int, apart: tuple[int, ...] = (0, 0, 1, 2, 5)) -> list[dict[str, Any]]:
+    """Some minutes apart, some late, some lost, some at the same moment."""
+    made, now = [], 0
     for i in range(n):
-        now += dice.choice([0, 0, 1, 2, 5]) * MINUTE
+        now += dice.choice(apart) * MINUTE
         arrived = now + dice.choice([0, 3, 10, 45, 100]) * MINUTE
         made.append(
             {
-                "id": first + i,
+                "id": i,
                 "left": now,
                 "arrived": None if dice.random() < 0.05 else arrived,
                 "line": dice.choice(["a", "b", "c", None]),
@@ -152,6 +152,23 @@ def test_order_repetition_and_size_of_batches_do_not_matter(seed: int, tmp_path_
     ask = reader(opened)
     online = ask.vectors(asked, at)
     assert online.tobytes() == join(asked, PLAN, {"rides": table(facts)}, at=at).tobytes()
+    ask.close()
+    opened.close()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**40))
+def test_nothing_that_the_earliest_moment_kept_needs_is_dropped(seed: int, tmp_path_factory: Any) -> None:
+    dice = random.Random(seed)
+    facts = rides(dice, 30, apart=(0, 10, 20, 30, 60, 120))
+    opened = small_store(tmp_path_factory.mktemp("online"))
+    for i in range(0, 30, 10):
+        opened.ingest("rides", table(facts[i : i + 10]))
+    floor = facts[-1]["left"] - 120 * MINUTE
+    asked = table([{**facts[0], "line": line, "stop": stop} for line in "abc" for stop in range(3)] * 2)
+    at = np.repeat(np.array([floor, floor + 10 * MINUTE]), 9)
+    ask = reader(opened)
+    assert ask.vectors(asked, at).tobytes() == join(asked, PLAN, {"rides": table(facts)}, at=at).tobytes()
     ask.close()
     opened.close()
 

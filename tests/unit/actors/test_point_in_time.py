@@ -185,7 +185,7 @@ def random_rows(dice: random.Random, n: int) -> list[dict[str, Any]]:
     return rows
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(seed=st.integers(0, 2**40), events=st.integers(0, 40), rows=st.integers(0, 25))
 def test_join_equals_the_slow_reference_on_random_rows(seed: int, events: int, rows: int) -> None:
     dice = random.Random(seed)
