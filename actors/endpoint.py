@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from raymill.actors.rollout import ModelSpec, generation, to_user_config
+from raymill.actors.rollout import ModelSpec, from_user_config, generation, to_user_config
 from raymill.runtime.errors import ClusterError, ModelError, Unavailable
 from raymill.runtime.home import Home
 
@@ -137,6 +137,13 @@ class Endpoint:
         if not deployed:
             raise Unavailable(f"Serve has no application {APPLICATION!r}: deploy it first")
         return {**self._options, "applications": [deployed]}
+
+    def models(self) -> list[ModelSpec]:
+        """What the application was last told to serve; nothing if it is not deployed."""
+        deployed = self._details().get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
+        if not deployed:
+            return []
+        return list(from_user_config(deployed["deployments"][0]["user_config"]).values())
 
     def replicas(self) -> list[ReplicaStatus]:
         """Every replica that Serve knows, whatever its state."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -83,6 +83,8 @@ class ModelSpec:
     """Rows of the largest batch."""
     max_queue_rows: int = 65536
     """Rows that may wait."""
+    canary_weight: float = 0.2
+    """Weight that a canary gets."""
 
 
 def spec_of(
@@ -96,27 +98,38 @@ def spec_of(
         versions: the model's versions in the registry; only live, canary and shadow ones are taken.
         shadows: numbers of versions that compute along without answering.
     """
-    versions = list(versions)
-    canary = pipeline.serve.canary_weight if any(v.stage is Stage.CANARY for v in versions) else 0.0
-    roles = {Stage.LIVE: (Role.LIVE, 1.0 - canary), Stage.CANARY: (Role.CANARY, canary)}
-    routes = []
-    for v in versions:
-        role, weight = roles.get(v.stage, (Role.SHADOW, 0.0))
-        if role.answers or v.version in shadows:
-            routes.append(Route(version=v.version, digest=v.digest, role=role, weight=weight, threshold=v.threshold))
     schema = pipeline.label.source.schema
     return ModelSpec(
         name=pipeline.name,
         label=pipeline.label.name,
         inputs=pipeline.feature_names,
-        routes=tuple(routes),
+        routes=_routes(versions, pipeline.serve.canary_weight, shadows),
         plan=plan,
         columns={c: ColumnForm(col.dtype, col.nullable) for c, col in schema.items()},
         required=pipeline.request_columns,
         key=tuple(pipeline.label.source.key),
         max_batch_rows=pipeline.serve.max_batch_rows,
         max_queue_rows=pipeline.serve.max_queue_rows,
+        canary_weight=pipeline.serve.canary_weight,
     )
+
+
+def reroute(model: ModelSpec, versions: Iterable[ModelVersion]) -> ModelSpec:
+    """The served model, its versions as the registry has them now; what shadowed goes on shadowing."""
+    shadows = [r.version for r in model.routes if not r.role.answers]
+    return replace(model, routes=_routes(versions, model.canary_weight, shadows))
+
+
+def _routes(versions: Iterable[ModelVersion], canary_weight: float, shadows: Sequence[int]) -> tuple[Route, ...]:
+    versions = list(versions)
+    canary = canary_weight if any(v.stage is Stage.CANARY for v in versions) else 0.0
+    roles = {Stage.LIVE: (Role.LIVE, 1.0 - canary), Stage.CANARY: (Role.CANARY, canary)}
+    found = []
+    for v in versions:
+        role, weight = roles.get(v.stage, (Role.SHADOW, 0.0))
+        if role.answers or (v.version in shadows and not v.stage.is_terminal):
+            found.append(Route(version=v.version, digest=v.digest, role=role, weight=weight, threshold=v.threshold))
+    return tuple(found)
 
 
 def to_user_config(models: Iterable[ModelSpec]) -> dict[str, Any]:
@@ -141,6 +154,7 @@ def to_user_config(models: Iterable[ModelSpec]) -> dict[str, Any]:
                 "key": list(m.key),
                 "max_batch_rows": m.max_batch_rows,
                 "max_queue_rows": m.max_queue_rows,
+                "canary_weight": m.canary_weight,
             }
             for m in models
         }
@@ -183,6 +197,7 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
         key=tuple(m.get("key", ())),
         max_batch_rows=int(m.get("max_batch_rows", 1024)),
         max_queue_rows=int(m.get("max_queue_rows", 65536)),
+        canary_weight=float(m.get("canary_weight", 0.2)),
     )
 
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.actors.rollout import Role, Route, choose, from_user_config, generation, to_user_config
+from raymill.actors.rollout import Role, Route, choose, from_user_config, generation, reroute, to_user_config
 from raymill.runtime.errors import SpecError
 from raymill.runtime.ids import new_ids
+from raymill.runtime.messages import ModelVersion, Stage
 from tests.unit.actors.serving_parts import model
 
 
@@ -52,6 +53,24 @@ def test_the_user_config_is_json_and_comes_back_the_same():
     config = json.loads(json.dumps(to_user_config([spec])))
     assert from_user_config(config) == {"taxi": spec}
     assert generation(config) == generation(to_user_config([spec]))
+
+
+def version(number, stage):
+    return ModelVersion(
+        model="taxi", version=number, stage=stage, kind="model", digest=f"d{number}", manifest=None, training_id="",
+        metrics={}, threshold=0.3, created_s=0.0, history=(),
+    )  # fmt: skip
+
+
+def test_routes_follow_the_registry_and_a_rejected_shadow_goes():
+    before = model((1, "live", 1.0), (2, "shadow", 0.0), (3, "shadow", 0.0), canary_weight=0.25)
+    stages = [Stage.RETIRED, Stage.CANDIDATE, Stage.REJECTED, Stage.LIVE, Stage.CANARY]
+    after = reroute(before, [version(n, s) for n, s in enumerate(stages, start=1)])
+    assert [(r.version, r.role, r.weight) for r in after.routes] == [
+        (2, Role.SHADOW, 0.0),
+        (4, Role.LIVE, 0.75),
+        (5, Role.CANARY, 0.25),
+    ]
 
 
 def test_a_config_that_lacks_a_part_is_refused_with_the_way_to_write_one():
