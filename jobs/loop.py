@@ -62,6 +62,7 @@ def replay_days(
     days = recording.days(run.progress.next_day)
     total = len(recording.days())
     for day in days:
+        world.features.replay_to(day + DAY_US)
         for batch in recording.batches(day):
             ingest(world, run, batch, day)
         with drills.on_day(day, lambda: asking.served):

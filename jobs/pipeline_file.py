@@ -10,19 +10,17 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-import cloudpickle
 from pydantic import TypeAdapter, ValidationError
 
 from raymill.runtime.errors import RaymillError, SpecError
 from raymill.runtime.spec import Pipeline, Train
 
+_PREFIX = "raymill_pipeline_"
 _USER_CODE = "a pipeline file is plain Python: `python {path}` must run without an error"
 
 
 def load(path: Path) -> Pipeline:
     """The one `Pipeline` that the file binds at its top level, DeepSpeed's configuration file read in.
-
-    Its classes and functions travel to actors by value, so that workers need not find the file.
 
     Raises:
         SpecError: no such file, it does not run, or it binds no pipeline, several, or a wrong one.
@@ -34,8 +32,12 @@ def load(path: Path) -> Pipeline:
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         raise SpecError(f"{path} must bind exactly one Pipeline at its top level; found: {names}")
-    cloudpickle.register_pickle_by_value(module)
     return _with_engine_config(found[0][1], path)
+
+
+def loaded() -> list[ModuleType]:
+    """The modules of the pipeline files that this process has loaded."""
+    return [module for name, module in sys.modules.items() if name.startswith(_PREFIX)]
 
 
 def resolved(pipeline: Pipeline) -> str:

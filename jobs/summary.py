@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.jobs.replay import iso_date
 from raymill.jobs.run import Progress, Run
@@ -147,4 +148,4 @@ def _lineage(world: World) -> list[dict[str, Any]]:
     if not newest.num_rows:
         return []
     last = newest.sort_by([("at", "descending")])["id"][0].as_py()
-    return trace(last, lake.read, world.records, world.pipeline).steps()
+    return trace(last, lake.read, world.records, FeaturePlan.of(world.pipeline).to_json()).steps()

@@ -20,6 +20,7 @@ from raymill.actors.training import Gang
 from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
+from raymill.jobs import pipeline_file
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
 from raymill.runtime.client import Client, connect
@@ -27,7 +28,7 @@ from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import LeaseRequest, Purpose
 from raymill.runtime.records import RecordsActor, RemoteRecords
-from raymill.runtime.spawn import Remote, spawn
+from raymill.runtime.spawn import Remote, ask, spawn
 from raymill.runtime.spec import Pipeline
 
 
@@ -85,21 +86,27 @@ class World:
 
 def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | None, run: Run) -> World:
     """Spawn what does not run yet, anew what belongs to the pipeline (its file may have changed), and wire it."""
+    for module in pipeline_file.loaded():  # its classes travel by value: workers need not find the file
+        ray.cloudpickle.register_pickle_by_value(module)
     home = session.home
     records = RemoteRecords()
     place = head_only()
-    spawn(RecordsActor, str(home.root), name="records", **place)
+    handles = [spawn(RecordsActor, str(home.root), name="records", **place)]
     kinds = node_kinds(config) if config and session.has_autoscaler else ()
-    spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=16, **place)
+    handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=16, **place))
     cluster = None
     if session.managed and config is not None:
-        spawn(ClusterActor, str(home.root), config, records, name="cluster", **place)
+        handles.append(spawn(ClusterActor, str(home.root), config, records, name="cluster", **place))
         cluster = Remote("cluster")
     name = pipeline.name
     own = {"anew": True, **place}
-    spawn(DataActor, str(home.root), list(pipeline.sources), records, name, name=f"data/{name}", **own)
-    spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own)
-    spawn(DriftMonitor, str(home.root), pipeline, records, name=f"drift/{name}", **own)
+    handles += [
+        spawn(DataActor, str(home.root), list(pipeline.sources), records, name, name=f"data/{name}", **own),
+        spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own),
+        spawn(DriftMonitor, str(home.root), pipeline, records, name=f"drift/{name}", **own),
+    ]
+    for handle in handles:
+        ask(handle.health.remote())  # an actor that could not start says here why
     scheduler = RemoteScheduler()
     return World(
         pipeline=pipeline,

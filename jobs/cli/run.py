@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, err, out, progress
+from raymill.jobs.cli.records import join, running_session
 
 if TYPE_CHECKING:
     from raymill.cluster.session import Session
@@ -55,7 +55,6 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
         try:
             with opened.stage("up"):
                 used = found or session.up(home, config, say=_say)
-            os.environ.update(used.environment())
             summary, details = _loop(declared, used, config, opened)
         finally:
             if ours and not keep:
@@ -66,28 +65,16 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
         return summary, opened.folder
 
 
-def running_session() -> Session | None:
-    """The cluster to use: this home's running one, else that of the Ray job we are in; None: there is none."""
-    from raymill.cluster import attach, session
-    from raymill.runtime.home import current_home
-
-    found = session.load(current_home())
-    if found and found.is_alive:
-        return found
-    return attach.attach() if os.environ.get("RAY_ADDRESS") else None
-
-
 def _loop(
     declared: Pipeline, used: Session, config: ClusterConfig, opened: Run
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    join(used)
     import ray
 
     from raymill.jobs.loop import run_loop
     from raymill.jobs.summary import summarise
     from raymill.jobs.world import build_world
 
-    if not ray.is_initialized():
-        ray.init(address=used.address, log_to_driver=False, logging_level="ERROR")
     world = build_world(declared, used, config, opened)
     try:
         with progress() as bars:

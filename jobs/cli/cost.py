@@ -1,0 +1,20 @@
+"""`raymill cost`: node-seconds × price, split over training, serving, idle."""
+
+from __future__ import annotations
+
+from raymill.jobs.cli.output import AsJson, emit, out, table
+from raymill.jobs.cli.records import open_records
+
+
+def cost(as_json: AsJson = False) -> None:
+    """The bill since the ledger began; the parts sum to it."""
+    from raymill.actors.readings import Readings
+
+    with open_records() as (home, records):
+        found = Readings(home, records).cost({})
+
+    def human() -> None:
+        table("cost", ["part", "USD"], [[part, f"{usd:.6f}"] for part, usd in found["parts"].items()])
+        out.print(f"bill {found['bill_usd']:.6f} USD")
+
+    emit(found, as_json, human)

@@ -1,0 +1,37 @@
+"""`raymill models`: versions of the models and where in their life they are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from raymill.jobs.cli.output import AsJson, emit, table
+from raymill.jobs.cli.records import open_records
+
+
+def models(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List versions, newest last."""
+    from raymill.actors.readings import Readings
+    from raymill.runtime.errors import UnknownModel
+
+    with open_records() as (home, records):
+        if model is not None and model not in records.models():
+            raise UnknownModel(f"there is no model {model!r}; there are {records.models()}")
+        found = Readings(home, records).models({"model": model} if model else {})
+
+    def human() -> None:
+        rows = [
+            [v["model"], v["version"], v["kind"], v["stage"], f"{v['metrics'].get('auc', float('nan')):.3f}", _why(v)]
+            for v in found
+        ]
+        table("models", ["model", "version", "kind", "stage", "AUC", "since"], rows)
+
+    emit(found, as_json, human)
+
+
+def _why(version: dict[str, Any]) -> str:
+    return str(version["history"][-1].get("reason", "")) if version["history"] else ""

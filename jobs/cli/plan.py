@@ -1,0 +1,37 @@
+"""`raymill plan PIPELINE`: what a run would do and cost, without starting anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raymill.jobs.cli.output import AsJson, emit, out, table
+
+
+def plan(
+    pipeline: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    cluster: Annotated[Path | None, typer.Option(help="cluster.toml; absent: the demo's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the file against the cluster, and say what a run needs."""
+    from raymill.cluster.spec import load_config
+    from raymill.jobs import pipeline_file
+    from raymill.jobs.planning import plan_run
+
+    made = plan_run(pipeline_file.load(pipeline), load_config(cluster))
+
+    def human() -> None:
+        out.print(f"[bold]{made['pipeline']}[/]: {len(made['features'])} features of {len(made['sources'])} sources")
+        table("features", ["feature", "version"], [[n, h] for n, h in made["features"].items()])
+        table(
+            "needs",
+            ["for", "what", "USD/h"],
+            [[n["purpose"], n["what"], f"{n['usd_per_h']:.2f}"] for n in made["needs"]],
+        )
+        out.print(f"at most {made['usd_per_h']:.2f} USD/h", highlight=False)
+        for note in made["skipped"]:
+            out.print(f"skipped: {note}", highlight=False)
+
+    emit(made, as_json, human)

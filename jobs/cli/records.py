@@ -1,0 +1,72 @@
+"""The ledger and registry for a verb: through the running cluster, else the database itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from raymill.runtime.errors import Unavailable
+from raymill.runtime.home import Home, current_home
+
+if TYPE_CHECKING:
+    from raymill.cluster.session import Session
+
+
+def running_session() -> Session | None:
+    """The cluster to use: this home's running one, else that of the Ray job we are in; None: there is none."""
+    from raymill.cluster import attach, session
+
+    found = session.load(current_home())
+    if found and found.is_alive:
+        return found
+    return attach.attach() if os.environ.get("RAY_ADDRESS") else None
+
+
+def needed_session() -> Session:
+    """The running cluster.
+
+    Raises:
+        Unavailable: none runs.
+    """
+    found = running_session()
+    if found is None:
+        raise Unavailable(f"no cluster of {current_home().root} runs: `raymill up`, or `raymill run … --keep`")
+    return found
+
+
+def join(session: Session) -> None:
+    """Connect this process to the cluster."""
+    os.environ.update(session.environment())
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=session.address, log_to_driver=False, logging_level="ERROR")
+
+
+@contextmanager
+def open_records() -> Iterator[tuple[Home, Any]]:
+    """Home and records; where no cluster runs the database is opened for the time of the block.
+
+    Raises:
+        Unavailable: nothing was ever run on this home.
+    """
+    from raymill.runtime.records import RecordsActor, RemoteRecords
+    from raymill.runtime.spawn import spawn
+
+    session = running_session()
+    home = session.home if session else current_home()
+    if session is not None:
+        join(session)
+        spawn(RecordsActor, str(home.root), name="records")
+        yield home, RemoteRecords()
+        return
+    if not home.record.exists():
+        raise Unavailable(f"nothing was run on {home.root} yet: `raymill run jobs/flights.py`")
+    actor = RecordsActor(home.root)
+    actor.start()
+    try:
+        yield home, actor
+    finally:
+        actor.stop()

@@ -1,0 +1,60 @@
+"""`raymill status`: what runs: nodes, leases, queue with reasons, versions, the newest run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymill.jobs.cli.output import AsJson, emit, out, table
+from raymill.jobs.cli.records import join, running_session
+from raymill.runtime.errors import Unavailable
+from raymill.runtime.home import current_home
+
+
+def status(as_json: AsJson = False) -> None:
+    """Works with and without a running cluster."""
+    document = _gather()
+
+    def human() -> None:
+        cluster = document["cluster"]
+        out.print(
+            f"cluster  {cluster['address'] + '  ' + cluster['serve_url'] if cluster else 'down'}", highlight=False
+        )
+        if document["run"]:
+            run = document["run"]
+            out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")
+        for name, rows in (("nodes", document["nodes"]), ("leases", document["leases"]), ("queue", document["queue"])):
+            if rows:
+                table(name, list(rows[0]), [list(row.values()) for row in rows])
+
+    emit(document, as_json, human)
+
+
+def _gather() -> dict[str, Any]:
+    from raymill.jobs.run import newest
+
+    session = running_session()
+    home = session.home if session else current_home()
+    last = newest(home)
+    document: dict[str, Any] = {
+        "home": str(home.root),
+        "cluster": session.document() if session else None,
+        "run": {"run": last.run, "pipeline": last.pipeline, "finished": last.finished} if last else None,
+        "nodes": [],
+        "leases": [],
+        "queue": [],
+    }
+    if session is not None:
+        join(session)
+        document |= _pool()
+    return document
+
+
+def _pool() -> dict[str, Any]:
+    """What the scheduler says of nodes, leases and queue; nothing, if none was needed yet."""
+    from raymill.runtime.spawn import ask, find
+
+    try:
+        found = ask(find("scheduler").status.remote(), timeout_s=10)
+    except Unavailable:
+        return {}
+    return {"nodes": found["nodes"], "leases": found["leases"], "queue": found["queue"]}
