@@ -128,18 +128,15 @@ def _compared(
         ]
     )
     draws = detectors.resampled_means(difference, at, seed=rules.seed)
-    tail = 1 - rules.confidence
     high = np.quantile(draws, rules.confidence, axis=0)
-    # Being better in either of two metrics is two chances, so each of them takes half of the error.
-    better_high = np.quantile(draws, 1 - tail / len(METRICS), axis=0)
-    low = np.quantile(draws, tail, axis=0)
+    low = np.quantile(draws, 1 - rules.confidence, axis=0)
     found: dict[str, Any] = {"scores": _scores(other, y, rules)}
     for i, metric in enumerate(METRICS):
         found[metric] = {
             "difference": float(difference[:, i].mean()),
             "low": float(low[i]),
             "high": float(high[i]),
-            "better": bool(better_high[i] < 0),
+            "better": bool(high[i] < 0),
         }
     return found
 

@@ -25,7 +25,7 @@ MIN_CANARY_LABELS = 200
 """Labelled rows without which a canary is neither promoted nor blamed for its cost."""
 
 LONGEST_CANARY = 3
-"""A canary that has not met `MIN_CANARY_LABELS` after this many times its period is rolled back."""
+"""Times its period that a canary is watched while the evidence leaves it open; then the point estimate decides."""
 
 MUCH_DRIFT = 0.25
 """PSI that is called much, by custom."""
@@ -266,7 +266,8 @@ def judge_canary(
 ) -> tuple[Literal["promoted", "rolled_back", "wait"], str]:
     """Whether a canary that began at `since` is promoted, rolled back or watched on, and why.
 
-    Harm ends it at once; promotion waits for the end of its period.
+    Proven harm ends it at once. Promotion waits for the end of its period; if it looks dearer then, but by no more
+    than chance may explain, it is watched on: a few days resolve a difference of the tolerance's size rarely.
     """
     if e.broken:
         return "rolled_back", f"it can not be run: {e.broken}"
@@ -278,13 +279,13 @@ def judge_canary(
         return "rolled_back", f"it costs more: {figures}, at least {e.low:+.2f}"
     if e.end_at < since + rules.canary_us:
         return "wait", f"its period is not over: {figures}"
+    if enough and e.difference <= rules.tolerance:
+        return "promoted", f"no worse than live: {figures}"
+    if e.end_at < since + LONGEST_CANARY * rules.canary_us:
+        return "wait", f"still open: {figures}"
     if not enough:
-        if e.end_at < since + LONGEST_CANARY * rules.canary_us:
-            return "wait", f"too few labels yet: {e.labelled} of {MIN_CANARY_LABELS}"
-        return "rolled_back", f"no evidence came: {e.labelled} labelled rows in {LONGEST_CANARY} periods"
-    if e.difference > rules.tolerance:
-        return "rolled_back", f"not shown to be harmless: {figures}, {rules.tolerance:g} is tolerated"
-    return "promoted", f"no worse than live: {figures}"
+        return "rolled_back", f"no evidence came: {e.labelled} labelled rows, {MIN_CANARY_LABELS} are needed"
+    return "rolled_back", f"not shown to be harmless: {figures}, {rules.tolerance:g} is tolerated"
 
 
 def _begun(state: State, at: int, reason: str, rules: RetrainRules) -> State:

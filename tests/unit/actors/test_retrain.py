@@ -113,9 +113,11 @@ def test_a_harmful_canary_is_rolled_back_at_once():
         assert (state.phase, todo(state)) == (Phase.WATCHING, ["roll_back"]), harm
 
 
-def test_a_canary_not_shown_to_be_harmless_at_its_end_is_rolled_back():
-    assert todo(step(in_canary(), look(34, difference=0.3), RULES)) == ["roll_back"]
-    assert todo(step(in_canary(), look(34, difference=0.2), RULES)) == ["promote"]
+def test_a_canary_that_looks_dearer_is_watched_on_and_rolled_back_if_it_stays_so():
+    assert step(in_canary(), look(34, difference=0.3), RULES).phase is Phase.CANARY
+    assert todo(step(in_canary(), look(44, difference=0.3), RULES)) == ["roll_back"]
+    for day in (34, 44):
+        assert todo(step(in_canary(), look(day, difference=0.2), RULES)) == ["promote"]
 
 
 def test_a_canary_without_labels_waits_and_then_is_rolled_back():
