@@ -76,6 +76,8 @@ class Endpoint:
         options = {"host": parsed.host, "port": parsed.port or 80}
         self._options = serve_options or {"proxy_location": "HeadOnly", "http_options": options}
         self._api = httpx.Client(base_url=dashboard_url.rstrip("/"), headers=(headers or ray_headers)(), timeout=30.0)
+        # Each request on a connection of its own: the proxy chooses a replica anew.
+        self._http = httpx.Client(base_url=self.url, headers={"connection": "close"})
 
     def deploy(self, models: Iterable[ModelSpec], placement: Placement, *, timeout_s: float = 120.0) -> None:
         """Bring the application up (or to this state), and wait until every replica has loaded every version.
@@ -172,8 +174,9 @@ class Endpoint:
         self._request("DELETE", None)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         self._api.close()
+        self._http.close()
 
     def _change(self, config: dict[str, Any], timeout_s: float) -> None:
         before = self._details().get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
@@ -210,7 +213,7 @@ class Endpoint:
         running = sum(r.state == "RUNNING" for r in self.replicas())
         while time.monotonic() < end_s:
             try:
-                answer = httpx.request(method, self.url + path, timeout=max(1.0, end_s - time.monotonic()))
+                answer = self._http.request(method, path, timeout=max(1.0, end_s - time.monotonic()))
                 if answer.status_code == 200:
                     state = answer.json()
                     seen[state["replica"]] = state

@@ -268,6 +268,10 @@ class ModelSet:
                 if route.digest not in cache:
                     cache[route.digest] = self._warm(spec, self.load(self.fetch(route.digest)))
                 programs[route.version] = cache[route.digest]
+            except NotThere:
+                if before is None:  # a replica that starts without the registry has nothing to go on with
+                    raise
+                failed[route.version] = "the registry does not answer"
             except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
                 failed[route.version] = f"{type(err).__name__}: {err}"
         return LoadedModel(spec, programs, reader), failed

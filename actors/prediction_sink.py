@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ import pyarrow.compute as pc
 from raymill.actors.lake import Lake
 
 TABLE = "predictions"
-LOOK_BACK_S = 3600.0  # two answers to one id lie seconds apart: the client's deadline, or a replica's last segment
+LOOK_BACK_US = 3_600_000_000  # a retry has the moment of the first try, or one a deadline later; rows are found by it
 
-Observe = Callable[[str, str, pa.Table], None]
-"""(model, segment, rows): hands the monitor of that model a segment; idempotent by segment."""
+Observe = Callable[[str, str, pa.Table], bool]
+"""(model, segment, rows): hands the monitor of that model a segment, idempotent by segment; False: it has none now."""
 
 
 class LakeSink:
@@ -39,9 +40,14 @@ class LakeSink:
             if not rows.num_rows or self._lake.has_batch(TABLE, segment):
                 return
             fresh = self._fresh(rows)
-            for model in fresh.column("model").unique().to_pylist():
-                self._observe(model, segment, fresh.filter(pc.equal(fresh.column("model"), model)))
+            lonely = self._show(segment, fresh, fresh.column("model").unique().to_pylist())
             self._lake.append(TABLE, fresh, batch_id=segment)
+            # A monitor that came meanwhile read the lake before this append.
+            self._show(segment, fresh, lonely)
+
+    def _show(self, segment: str, rows: pa.Table, models: list[str]) -> list[str]:
+        """Hand each model's monitor its rows; the models that have none."""
+        return [m for m in models if not self._observe(m, segment, rows.filter(pc.equal(rows.column("model"), m)))]
 
     def _fresh(self, rows: pa.Table) -> pa.Table:
         names = _names(rows)
@@ -51,8 +57,9 @@ class LakeSink:
             rows, names = rows.take(pa.array(first)), names.take(pa.array(first))
         if self._lake.version(TABLE) is None:
             return rows
-        since = pc.min(rows.column("wall_s")).as_py() - LOOK_BACK_S
-        there = self._lake.read(TABLE, columns=["model", "id", "role", "version"], where=[("wall_s", ">=", since)])
+        moments = pc.min_max(rows.column("at")).as_py()
+        where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
+        there = self._lake.read(TABLE, columns=["model", "id", "role", "version"], where=where)
         return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
 
 

@@ -136,8 +136,7 @@ class PredictionLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._held = open(folder / _LOCK, "w")  # noqa: SIM115 - held as long as the process lives
         fcntl.flock(self._held, fcntl.LOCK_EX)
-        for path in _segments(self._spool):
-            self._learn(path)
+        self._learn()
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
         self._thread.start()
 
@@ -199,15 +198,19 @@ class PredictionLog:
             for name in [name for name, _ in zip(recent, range(surplus), strict=False)]:
                 del recent[name]
 
-    def _learn(self, path: Path) -> None:
-        try:
-            rows = read_segment(path)
-        except FileNotFoundError:  # its replica has shipped and dropped it meanwhile
-            return
-        columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "role")]
-        for model, name, version, p, role in zip(*columns, strict=True):
-            if role != "shadow":
-                self._recent.setdefault(model, {})[name] = (version, p)
+    def _learn(self) -> None:
+        """Know the newest answers of the spool again, whoever gave them."""
+        found: list[pa.Table] = []
+        for path in sorted(_segments(self._spool), key=_modified_s, reverse=True):
+            with suppress(FileNotFoundError):  # its replica has dropped it meanwhile
+                found.append(read_segment(path))
+            if sum(t.num_rows for t in found) >= REMEMBERED:
+                break
+        for rows in reversed(found):  # the newest are forgotten last
+            columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "role")]
+            for model, name, version, p, role in zip(*columns, strict=True):
+                if role != "shadow":
+                    self._recent.setdefault(model, {}).setdefault(name, (version, p))
 
     def _run(self) -> None:
         look_at = 0.0
@@ -319,6 +322,13 @@ def read_segment(path: Path) -> pa.Table:
 
 def _segments(spool: Path, owner: str = "*") -> Iterator[Path]:
     yield from sorted(p for p in spool.glob(f"{owner}/*") if p.suffix in (_OPEN, _SHIPPED))
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _age_s(path: Path) -> float:

@@ -33,10 +33,11 @@ def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:
     return OnlineReader(home.online, FeaturePlan.from_json(spec.plan))
 
 
-def observe(model: str, segment: str, rows: pa.Table) -> None:
-    """Show a segment to the model's monitor, if it has one (a model served alone has none)."""
+def observe(model: str, segment: str, rows: pa.Table) -> bool:
+    """Show a segment to the model's monitor; False: it has none (a model served alone, a pipeline set up anew)."""
     try:
         monitor = find(f"drift/{model}")
     except Unavailable:
-        return
+        return False
     ask(monitor.observe.remote(segment, rows), timeout_s=_OBSERVE_TIMEOUT_S)
+    return True

@@ -180,7 +180,7 @@ def batch(*ids, wall_s=1000.0, **fields):
 
 def test_the_sink_writes_an_id_once_whoever_sends_it_and_shows_the_monitor_the_same(tmp_path):
     seen = []
-    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *segment: seen.append(segment))
+    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *segment: seen.append(segment) or True)
     sink.ship("s1", batch("a", "b"))
     sink.ship("s1", batch("a", "b"))
     sink.ship("s2", pa.concat_tables([batch("b", "c", p=0.75), batch("b", "c", version=2, role="shadow")]))
@@ -209,6 +209,7 @@ def test_a_monitor_that_fails_keeps_the_segment_out_of_the_lake_until_it_took_it
         calls.append(segment)
         if len(calls) == 1:
             raise OSError("away")
+        return True
 
     sink = LakeSink(tmp_path / "lake", tmp_path / "lock", observe)
     with pytest.raises(OSError, match="away"):
@@ -216,3 +217,21 @@ def test_a_monitor_that_fails_keeps_the_segment_out_of_the_lake_until_it_took_it
     sink.ship("s1", batch("a"))
     assert calls == ["s1", "s1"]
     assert Lake(tmp_path / "lake").count("predictions") == 1
+
+
+def test_a_monitor_that_comes_while_the_rows_go_into_the_lake_sees_them(tmp_path):
+    calls = []
+
+    def observe(model, segment, rows):
+        calls.append(Lake(tmp_path / "lake").count("predictions"))
+        return len(calls) > 1
+
+    LakeSink(tmp_path / "lake", tmp_path / "lock", observe).ship("s1", batch("a"))
+    assert calls == [0, 1]
+
+
+def test_an_id_that_comes_days_later_is_still_written_once(tmp_path):
+    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *_: True)
+    sink.ship("s1", batch("a", "b", wall_s=1000.0))
+    sink.ship("s2", batch("b", "a", wall_s=1e9))
+    assert Lake(tmp_path / "lake").count("predictions") == 2
