@@ -140,10 +140,20 @@ class Lake:
         if not _has_commit(path):
             if schema is None:
                 return None
-            path.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(str(path), schema, mode="ignore")
+            _create(path, schema)
         self._writers[table] = DeltaTable(str(path))
         return self._writers[table]
+
+
+def _create(path: Path, schema: pa.Schema) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    # No retries: delta-rs would commit the loser of a race as version 1, with other metadata than version 0 has.
+    once = CommitProperties(max_commit_retries=0)
+    try:
+        DeltaTable.create(str(path), schema, mode="ignore", commit_properties=once)
+    except CommitFailedError:
+        if not _has_commit(path):  # else another writer made it first, and its table is as good
+            raise
 
 
 def _check_columns(table: str, writer: DeltaTable, rows: pa.Table) -> None:

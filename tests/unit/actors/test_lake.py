@@ -111,3 +111,26 @@ def test_writers_at_once_with_the_same_and_other_batches_lose_and_double_nothing
         thread.join()
     assert not failed
     assert numbers(lakes[0]) == sorted([*range(6), *(1000 + 100 * w + n for w in range(4) for n in range(6))])
+
+
+def test_writers_that_make_the_same_table_at_once_make_one(tmp_path):
+    for n in range(6):
+        start, failed = threading.Barrier(4), []
+
+        def write(writer: int, n=n, start=start, failed=failed) -> None:
+            start.wait()
+            try:
+                Lake(tmp_path / str(n)).append("numbers", rows(writer), batch_id=str(writer))
+            except BaseException as err:
+                failed.append(err)
+                raise
+
+        threads = [threading.Thread(target=write, args=(w,)) for w in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        commits = [c.read_text() for c in (tmp_path / str(n) / "numbers/_delta_log").glob("*.json")]
+        assert not failed
+        assert sum('"metaData"' in c for c in commits) == 1
+        assert numbers(Lake(tmp_path / str(n))) == [0, 1, 2, 3]
