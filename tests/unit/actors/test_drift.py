@@ -6,10 +6,11 @@ import pyarrow as pa
 import pytest
 from scipy.special import expit
 
-from raymill.actors import detectors
+from raymill.actors import detectors, wire
 from raymill.actors.drift import DriftMonitor
 from raymill.actors.lake import Lake
-from raymill.actors.observed import Observed
+from raymill.actors.observed import Observed, key_texts
+from raymill.actors.rollout import spec_of
 from raymill.runtime.errors import Conflict, ModelError
 from raymill.runtime.expressions import col
 from raymill.runtime.home import Home
@@ -146,8 +147,8 @@ def test_a_drift_of_inputs_that_costs_nothing_is_told_and_starts_no_retrain(reco
 
 def test_without_drift_hardly_a_verdict_asks_for_a_retrain(records, tmp_path):
     asked = 0
-    for seed in range(20):
-        found = fed(monitor(records, tmp_path), world(0, 2500, seed=seed + 1), world(1, 2500, seed=seed + 1))
+    for seed in range(12):
+        found = fed(monitor(records, tmp_path), world(0, 1500, seed=seed + 1), world(1, 1500, seed=seed + 1))
         asked += found.verdict(PERIOD, 2 * PERIOD).retrain
     assert asked <= 1
 
@@ -206,6 +207,12 @@ def test_answers_of_an_earlier_replay_of_the_same_time_are_not_looked_at(records
     assert found.observe("s", predictions) == 40
     Lake(Home(tmp_path).lake).append("predictions", predictions, batch_id="s")
     assert monitor(records, tmp_path, since_s=60.0).figures(0, PERIOD)["predictions"] == 40
+
+
+def test_the_key_of_a_label_row_is_the_one_that_serving_logs():
+    rides = world(0, 50)[1].select(["ride", "t", "a", "b"])
+    asked = wire.read_arrow(wire.write_stream(rides), spec_of(PIPELINE, None, []), 0)
+    assert asked.keys == key_texts(rides, RIDES)
 
 
 def test_a_sample_is_the_same_share_of_every_version(records, tmp_path):
