@@ -87,7 +87,11 @@ class Engine:
         self._fresh = torch.zeros_like(self._loss)
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
         if facts:
-            net.load_state_dict(_tensors(arrays, "net/", facts["bfloat16"]))
+            try:
+                net.load_state_dict(_tensors(arrays, "net/", facts["bfloat16"]))
+            except RuntimeError as err:
+                why = " ".join(str(err).split())
+                raise TrainingError(f"the checkpoint does not fit train.model ({why}): use a new training_id") from err
         self._logits = Logits(self._stats, net)
         config = engine_config(train, declared, self._ranks)
         self._engine, self._optimizer, _, self._rate = deepspeed.initialize(

@@ -85,7 +85,9 @@ def _refuse(config: dict[str, Any], train: Train) -> None:
             "would take its part with it, and a gang goes on from what its survivors hold; set "
             "zero_optimization.stage to 0"
         )
-    if config.get("fp16", {}).get("enabled"):
+    autocast = config.get("torch_autocast", {})
+    to_half = autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half")
+    if config.get("fp16", {}).get("enabled") or to_half:
         raise SpecError("train.config asks for fp16, which CPU ranks do not have: use bf16 or float32")
     for name in _SPLITTING:
         if config.get(name):
@@ -101,7 +103,9 @@ def _refuse(config: dict[str, Any], train: Train) -> None:
                 f"train.config sets {name!r}: it follows from batch_rows and the number of ranks, which may change; "
                 "remove it"
             )
-    optimizer = str((config.get("optimizer") or {}).get("type", "AdamW"))
+    if "type" not in config.get("optimizer", {"type": ""}):
+        raise SpecError("train.config.optimizer.type is missing: name an optimizer, such as AdamW")
+    optimizer = str(config.get("optimizer", {}).get("type", ""))
     if optimizer.lower() in _COMPILED_OPTIMIZERS:
         raise SpecError(
             f"train.config.optimizer: a gang does not run {optimizer}: use AdamW, Adam or one of torch.optim"

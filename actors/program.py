@@ -136,7 +136,8 @@ def export_program(logits: torch.nn.Module, columns: int) -> bytes:
         file = io.BytesIO()
         torch.export.save(program, file)
     except Exception as err:  # the tracer raises dozens of kinds
-        raise ModelError(f"the model can not be exported: {err}: write its forward without Python branches") from err
+        why = " ".join(str(err).split())[:300]
+        raise ModelError(f"the model can not be exported: {why}: write its forward without Python branches") from err
     return file.getvalue()
 
 
