@@ -10,6 +10,7 @@ Invariants
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,9 +29,9 @@ from raymill.actors.lake import Lake
 from raymill.actors.observed import key_texts
 from raymill.actors.online import KEEP, OnlineReader, OnlineStore
 from raymill.actors.point_in_time import History, join
-from raymill.actors.windows import NEVER
+from raymill.actors.windows import NEVER, warm
 from raymill.runtime.errors import Conflict
-from raymill.runtime.expressions import digest
+from raymill.runtime.expressions import digest, duration_us
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested, Manifest, TrainingSet
 from raymill.runtime.spec import Pipeline
@@ -49,19 +50,18 @@ class FeatureActor:
         self._record = record
         self._lake = Lake(folders.lake)
         self._plan = FeaturePlan.of(pipeline)
+        self._keep_us = duration_us(keep)
         self._store = OnlineStore(folders.online, self._plan, keep=keep)
         self._reader = OnlineReader(folders.online, self._plan)
 
     def start(self) -> None:
         """Bring the online store to the lake's present versions; in a replay only to where the replay is."""
-        until = self._store.replayed_until(self._pipeline.name)
+        warm()
+        horizon = self._store.horizon()
         for source in self._plan.sources:
             version = self._lake.version(source)
-            if until is not None:
-                if version is not None:
-                    self._store.ingest(source, self._read(source, version, end_at=until))
-            elif self._store.lake_version(source) < (-1 if version is None else version):
-                self._catch_up(source, version)
+            if version is not None and (horizon is not None or self._store.lake_version(source) < version):
+                self._catch_up(source, version, horizon)
 
     def stop(self) -> None:
         """Close the online store; everything taken in is durable."""
@@ -82,10 +82,6 @@ class FeatureActor:
             done.source, done.rows_ref, done.batch_id, lake_version=None if done.duplicate else done.lake_version
         )
 
-    def replay_to(self, until: int) -> None:
-        """Recorded rows with event times before `until` (µs UTC) have come: say so before they are taken in."""
-        self._store.replay_until(self._pipeline.name, until)
-
     def ingest(self, source: str, rows: Any, batch_id: str, *, lake_version: int | None = None) -> None:
         """Take accepted rows into the online store, once however often they come.
 
@@ -101,8 +97,10 @@ class FeatureActor:
         """
         if source not in self._plan.sources:
             return
-        if lake_version is not None and self._store.lake_version(source) < lake_version - 1:
-            self._catch_up(source, lake_version)
+        if self._store.horizon() is not None:
+            self._store.ingest(source, _table(rows))
+        elif lake_version is not None and self._store.lake_version(source) < lake_version - 1:
+            self._catch_up(source, lake_version, None)
         else:
             self._store.ingest(source, _table(rows), lake_version=lake_version)
 
@@ -119,9 +117,20 @@ class FeatureActor:
         began = time.time()
         versions = {s: v for s in self._plan.sources if (v := self._lake.version(s)) is not None}
         tables = {s: self._read(s, v, end_at=until) for s, v in versions.items()}
-        self._store.replay_until(self._pipeline.name, until)
-        self._store.replace(tables, versions if until is None else {})
+        self._store.replace(tables, versions, horizon=until)
         self._tell("features.rebuilt", until, {"lake_versions": versions, "seconds": time.time() - began}, key="")
+
+    def replay_to(self, until: int) -> None:
+        """Recorded rows with event times before `until` (µs UTC) have come: say so before they are taken in.
+
+        A store that is ahead of that by more than half of what it keeps (a run is taken up again that another one has
+        overtaken) is filled anew, since it would refuse the replay's requests.
+        """
+        horizon = self._store.horizon()
+        if horizon is None or horizon > until + self._keep_us // 2:
+            self.rebuild(until)
+        elif until > horizon:
+            self._store.set_horizon(until)
 
     def training_set(self, start_at: int, end_at: int, known_until: int, evaluate_from: int) -> TrainingSet:
         """Labelled rows with event time in [start_at, end_at), each with its features as of that time.
@@ -155,7 +164,8 @@ class FeatureActor:
         manifest = self._manifest(versions, (start_at, end_at, known_until), len(rows), left_out)
         cut = int(np.searchsorted(at, evaluate_from))
         key = f"training_set.made/{digest(asdict(manifest), evaluate_from)}"
-        data = {"manifest": asdict(manifest), "train_rows": cut, "evaluate_rows": len(rows) - cut}
+        counts = {"train_rows": cut, "evaluate_rows": len(rows) - cut}
+        data = {"manifest": asdict(manifest), "plan": json.loads(self._plan.to_json()), **counts}
         self._tell("training_set.made", known_until, data, key=key)
         return TrainingSet(
             manifest=manifest, train_ref=_shared(whole.slice(0, cut)), evaluate_ref=_shared(whole.slice(cut))
@@ -207,9 +217,9 @@ class FeatureActor:
     def _source(self, name: str) -> SourcePlan:
         return self._plan.row if name == self._plan.row.name else self._plan.sources[name]
 
-    def _catch_up(self, source: str, version: int | None) -> None:
-        if version is not None:
-            self._store.ingest(source, self._read(source, version), lake_version=version, whole=True)
+    def _catch_up(self, source: str, version: int, horizon: int | None) -> None:
+        rows = self._read(source, version, end_at=horizon)
+        self._store.ingest(source, rows, lake_version=version if horizon is None else None, whole=True)
 
     def _tell(self, kind: str, at: int | None, data: dict[str, Any], *, key: str) -> None:
         name = self._pipeline.name

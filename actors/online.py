@@ -11,7 +11,7 @@ Invariants
   their entity is written next. A question about an earlier moment than that is refused once something was dropped,
   never answered from half of the events.
 - A view's records are named by a hash of everything that decides what they hold: a changed definition has a place of
-  its own, so that the plans of several model versions are read side by side.
+  its own, so that the plans of several model versions are read side by side. A pipeline has an environment of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import pyarrow as pa
 from raymill.actors.evaluate import Floats, Ints, columns_of
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.point_in_time import History, entity_codes, entity_column, operands_of
-from raymill.actors.windows import BEFORE_ALL, NEVER, group, prune, sweep, unpack
+from raymill.actors.windows import BEFORE_ALL, NEVER, group, prune, sweep, unpack, warm
 from raymill.runtime.errors import RequestError, StoreError, Unavailable, UnknownEntity
 from raymill.runtime.expressions import duration_us
 
@@ -43,6 +43,8 @@ KEEP = "3d"
 
 _MAP_BYTES = 1 << 35
 """Address space set aside; the file is as large as what it holds."""
+_HORIZON = b"horizon"
+"""Key of the event time at which the replay stands."""
 _LONGEST_KEY = 400
 """Entity keys longer than this (LMDB takes 511 bytes) are stored under their hash."""
 
@@ -72,7 +74,7 @@ class OnlineStore:
     """The writer: takes rows in; any number of processes may have one, LMDB lets one write at a time."""
 
     def __init__(self, path: str | Path, plan: FeaturePlan, *, keep: str = KEEP) -> None:
-        self._path = Path(path)
+        self._path = Path(path) / plan.pipeline
         self._plan = plan
         self._keep_us = duration_us(keep)
         self._opened: lmdb.Environment | None = None
@@ -96,17 +98,23 @@ class OnlineStore:
         with _as_store_error(self._path), self._environment().begin(write=True) as txn:
             self._ingest(txn, source, rows, history, lake_version, whole)
 
-    def replace(self, tables: Mapping[str, pa.Table], versions: Mapping[str, int]) -> None:
-        """Throw the plan's views away and fill them from these tables, in one transaction.
+    def replace(
+        self, tables: Mapping[str, pa.Table], versions: Mapping[str, int], *, horizon: int | None = None
+    ) -> None:
+        """Throw the plan's views away and fill them from the lake, in one transaction.
 
-        `versions` names the lake version of those that are whole.
+        Args:
+            tables: source → rows of the lake table, with a horizon those with earlier event times.
+            versions: source → version of the lake table.
+            horizon: where a replay begins, µs: later rows may be in the lake and are still to come. Absent: no replay.
         """
         with _as_store_error(self._path), self._environment().begin(write=True) as txn:
+            _put_horizon(txn, horizon)
             for view in self._plan.event_views:
                 self._clear(txn, view)
             for source, rows in tables.items():
                 history = History.of(rows, self._plan.sources[source])
-                self._ingest(txn, source, rows, history, versions.get(source), source in versions)
+                self._ingest(txn, source, rows, history, versions[source] if horizon is None else None, True)
 
     def lake_version(self, source: str) -> int:
         """Version of the lake table up to which every view has all rows; −1: not known to."""
@@ -114,19 +122,15 @@ class OnlineStore:
             found = [_progress(txn, v) for v in self._plan.event_views if v.source.name == source]
         return min((p.lake_version if p else -1 for p in found), default=-1)
 
-    def replayed_until(self, pipeline: str) -> int | None:
-        """Event time, µs, up to which the pipeline's replay has come; None: it is not a replay."""
+    def horizon(self) -> int | None:
+        """Event time, µs, to which a replay has come: later rows of the lake are still to come. None: no replay."""
         with _as_store_error(self._path), self._environment().begin() as txn:
-            found = txn.get(_replay_key(pipeline))
-        return None if found is None else int(found)
+            return _horizon(txn)
 
-    def replay_until(self, pipeline: str, until: int | None) -> None:
-        """Write down how far the replay has come."""
+    def set_horizon(self, at: int) -> None:
+        """Move the replay on to `at`."""
         with _as_store_error(self._path), self._environment().begin(write=True) as txn:
-            if until is None:
-                txn.delete(_replay_key(pipeline))
-            else:
-                txn.put(_replay_key(pipeline), b"%d" % until)
+            _put_horizon(txn, at)
 
     def close(self) -> None:
         """Close it in this process, unless a reader here still has it open."""
@@ -149,6 +153,9 @@ class OnlineStore:
     ) -> None:
         self._environment().reader_check()  # slots of readers that were killed would keep old pages for ever
         happened = history.time[history.time != NEVER]
+        horizon = _horizon(txn)
+        if horizon is not None and happened.max(initial=BEFORE_ALL) >= horizon:
+            _put_horizon(txn, int(happened.max()) + 1)
         for view in self._plan.event_views:
             if view.source.name != source:
                 continue
@@ -191,7 +198,7 @@ class OnlineReader:
     """Vectors for rows at their moments; works in any process of the host while another one writes."""
 
     def __init__(self, path: str | Path, plan: FeaturePlan) -> None:
-        self._path = Path(path)
+        self._path = Path(path) / plan.pipeline
         self._plan = plan
         self._opened: lmdb.Environment | None = None
         self._lock = threading.Lock()
@@ -242,6 +249,7 @@ class OnlineReader:
                 if self._opened is None:
                     if not (self._path / "data.mdb").exists():
                         raise Unavailable(f"online store {self._path} is not filled yet: ingest rows first")
+                    warm()
                     self._opened = _open(self._path)
         return self._opened
 
@@ -319,8 +327,16 @@ def _record_key(view: ViewPlan, entity: bytes) -> bytes:
     return b"v" + view.digest.encode() + entity
 
 
-def _replay_key(pipeline: str) -> bytes:
-    return b"r" + pipeline.encode()
+def _horizon(txn: Any) -> int | None:
+    found = txn.get(_HORIZON)
+    return None if found is None else int(found)
+
+
+def _put_horizon(txn: Any, at: int | None) -> None:
+    if at is None:
+        txn.delete(_HORIZON)
+    else:
+        txn.put(_HORIZON, b"%d" % at)
 
 
 def _progress_key(view: ViewPlan) -> bytes:

@@ -353,3 +353,14 @@ def _sift(heap: Ints, size: int, values: Floats, sign: float) -> None:
         heap[at] = heap[child]
         at = child
     heap[at] = moved
+
+
+def warm() -> None:
+    """Compile what the online path runs, or load it from its cache, before the first row waits for it."""
+    one, none = np.zeros(1, np.int64), np.empty(0, np.int64)
+    buffer, starts = pack(one, 1, one, one, one, one, one, np.zeros((1, 1)))
+    rows, row_starts = group(one, 1, one)
+    plan = np.array([[kind, 0, 1] for kind in KINDS.values()], dtype=np.int64)
+    sweep(buffer, starts[:1].copy(), rows, row_starts, one, plan, np.zeros((1, len(plan))))
+    unpack(none, none, 1)
+    prune(one.copy(), 1, one, one, one, 0, 1)

@@ -208,6 +208,26 @@ def test_rebuilt_store_gives_the_same_vectors(bench: Bench) -> None:
         bench.actor.vectors(trips(3, 1), np.array([3 * HOUR]))
 
 
+def test_replay_begins_where_it_is_told_though_the_lake_holds_more_and_restarts_where_it_was(bench: Bench) -> None:
+    for i in range(12):
+        bench.arrive("trips", trips(i * 24, 24), f"day-{i}")
+    bench.actor.rebuild(until=48 * HOUR)
+    assert_online_is_offline(bench, 42)
+    bench.actor.replay_to(72 * HOUR)
+    bench.actor.ingest("trips", trips(48, 24), "day-2")
+    assert_online_is_offline(bench, 66)
+    bench.restart()
+    assert_online_is_offline(bench, 30)  # what is days ahead in the lake did not push this out
+    bench.actor.replay_to(240 * HOUR)
+    bench.restart()
+    assert_online_is_offline(bench, 234)
+    bench.actor.replay_to(96 * HOUR)  # another run, taken up again far behind
+    assert_online_is_offline(bench, 90)
+    bench.actor.rebuild()
+    assert bench.actor.health()["lake_versions"]["trips"] == bench.lake.version("trips")
+    assert_online_is_offline(bench, 280)
+
+
 # -- the demo's rows ---------------------------------------------------------------------------------------------
 
 DELAY = col("arr_delay")
