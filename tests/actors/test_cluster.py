@@ -1,13 +1,15 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from raymill.cluster import processes, session
+from raymill.cluster import ports, processes, session
 from raymill.cluster.providers import namespace
 from raymill.cluster.spec import load_config, parse_config
 from raymill.runtime.errors import ClusterError
@@ -83,8 +85,8 @@ def test_up_on_a_running_session_gives_it_back(scenario, home):
 
 def test_a_second_session_beside_it_is_refused_its_ports_with_the_holder_named(scenario, home, tmp_path):
     taken = session.load(home).ports
-    ports = {name: getattr(taken, name) for name in ("gcs", "dashboard", "serve", "grpc")}
-    wanted = parse_config({**config().model_dump(), "ports": ports}, "test")
+    wanted_ports = {name: getattr(taken, name) for name in ("gcs", "dashboard", "serve", "grpc")}
+    wanted = parse_config({**config().model_dump(), "ports": wanted_ports}, "test")
     with pytest.raises(ClusterError, match=rf"port {taken.serve} \(serve\) is held by pid \d+ \(.*haproxy"):
         session.up(Home(tmp_path / "other"), wanted)
     assert session.load(Home(tmp_path / "other")) is None
@@ -102,14 +104,28 @@ def test_the_token_is_readable_by_its_owner_only_and_the_dashboard_wants_it(scen
     assert said.stdout == "401"
 
 
+def test_a_submitted_job_finds_raymill_on_its_path_and_the_session_it_runs_in(scenario, home):
+    known = session.load(home)
+    code = "import shutil; from raymill.cluster.attach import current as c; print(shutil.which('raymill'), c().managed)"
+    ray = Path(sys.executable).with_name("ray")
+    submitted = subprocess.run(
+        [ray, "job", "submit", "--address", known.dashboard_url, "--", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        timeout=120,
+    )
+    assert f"{Path(sys.executable).with_name('raymill')} True" in submitted.stdout, submitted.stdout + submitted.stderr
+
+
 def test_after_sigkill_of_everything_but_haproxy_up_works_again_on_the_same_ports(scenario, home):
     before = session.load(home)
     for process in left(home):
         if "/bin/haproxy" not in process.command:
             os.kill(process.pid, signal.SIGKILL)
     assert not session.load(home).is_alive
-    ports = {name: getattr(before.ports, name) for name in ("gcs", "dashboard", "serve", "grpc")}
-    again = session.up(home, parse_config({**config().model_dump(), "ports": ports}, "test"))
+    wanted_ports = {name: getattr(before.ports, name) for name in ("gcs", "dashboard", "serve", "grpc")}
+    again = session.up(home, parse_config({**config().model_dump(), "ports": wanted_ports}, "test"))
     assert again.is_alive and again.started_s > before.started_s
     assert again.serve_url == before.serve_url
 
@@ -124,6 +140,54 @@ def test_down_leaves_no_process_closes_the_books_and_may_be_repeated(scenario, h
     started = {e["subject"] for e in events if e["kind"] == "node.started"}
     assert started == {e["subject"] for e in events if e["kind"] == "node.stopped"}
     assert session.down(home) == 0
+
+
+def test_an_up_that_was_killed_half_way_leaves_nothing_that_down_does_not_find(home, tmp_path):
+    half = Home(tmp_path / "half")
+    code = "from raymill.cluster import session; from raymill.runtime.home import Home; from pathlib import Path; "
+    code += f"session.up(Home(Path({str(half.root)!r})), ports='auto', serve=False)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not any("gcs_server" in p.command for p in left(half)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert session.load(half).state == "starting" and not session.load(half).is_alive
+    assert session.down(half) > 0 and left(half) == [] and session.load(half) is None
+
+
+ATTACH = """
+import json, os, sys
+os.environ["RAY_AUTH_MODE"] = "token"
+from raymill.cluster.attach import attach, current
+found = attach(sys.argv[1])
+assert current(sys.argv[1]) == found
+print(json.dumps({**found.document(), "token": len(found.token), "environment": found.environment()}))
+"""
+
+
+def test_a_plain_cluster_is_described_with_what_it_lacks(home, tmp_path):
+    plain = {**os.environ, "RAY_AUTH_MODE": "token", processes.SESSION_MARK: str(tmp_path)}
+    plain.pop("RAYMILL_HOME", None)
+    port, dashboard = ports.picker()(1), ports.picker()(1)
+    scratch = f"/tmp/raymill-test-{os.getpid()}"
+    command = ["-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--temp-dir={scratch}"]
+    command += [f"--dashboard-port={dashboard}", "--num-cpus=1", "--object-store-memory=100000000"]
+    try:
+        subprocess.run([sys.executable, *command], env=plain, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", ATTACH, f"127.0.0.1:{port}"], env=plain, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        processes.end(processes.marked(processes.SESSION_MARK, str(tmp_path)))
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["managed"], told["has_autoscaler"], told["ports"]) == (False, False, None)
+    assert (
+        told["dashboard_url"].endswith(f":{dashboard}") and told["address"].endswith(f":{port}") and told["token"] == 64
+    )
+    assert told["root"] == str(Path.home() / ".raymill") and told["serve_url"] == "http://127.0.0.1:8000"
 
 
 PROBE = """
