@@ -30,6 +30,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 CHUNK_ROWS = 4096
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_READ_DEADLINE_S = 5.0  # an actor that does not run stays away longer than a reader likes to wait
 _FINAL_CODES = ("model_error", "training_error", "spec_error")  # sent again they would fail again
 
 Rows = Any
@@ -120,18 +121,18 @@ class Client:
         return dict(self._json("/raymill/status"))
 
     def _json(self, path: str, query: Mapping[str, str] | None = None) -> Any:
-        return self._send("GET", path, params=dict(query or {})).json()
+        return self._send("GET", path, min(self._deadline_s, _READ_DEADLINE_S), params=dict(query or {})).json()
 
     def _arrow(self, method: str, path: str, headers: dict[str, str], chunk: tuple[str, bytes]) -> pa.Table:
         content_type, body = chunk
         headers = {**headers, "content-type": content_type, "accept": ARROW_STREAM}
-        answer = self._send(method, path, content=body, headers=headers)
+        answer = self._send(method, path, self._deadline_s, content=body, headers=headers)
         with pa.ipc.open_stream(answer.content) as reader:
             return reader.read_all().replace_schema_metadata(None)
 
-    def _send(self, method: str, path: str, **parts: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, deadline_s: float, **parts: Any) -> httpx.Response:
         """Send until answered; again after what may pass, with growing pauses, until the deadline."""
-        end_s = time.monotonic() + self._deadline_s
+        end_s = time.monotonic() + deadline_s
         pause_s = _FIRST_PAUSE_S
         while True:
             wait_s = pause_s

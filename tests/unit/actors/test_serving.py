@@ -9,7 +9,9 @@ import pyarrow as pa
 import pytest
 
 from raymill.actors import asgi, wire
-from raymill.actors.rollout import generation, to_user_config
+from raymill.actors.prediction_sink import LakeSink
+from raymill.actors.rollout import Role, Route, generation, to_user_config
+from raymill.runtime.records import RecordsActor
 from tests.unit.actors.serving_parts import ListSink, Reader, Records, http, model, replica
 
 ROW = {"trip": 7, "zone": "a", "miles": 5.0}
@@ -166,6 +168,11 @@ def test_a_replica_whose_only_version_is_broken_says_so(run):
     assert (ready.status_code, ready.json()) == (400, {"ready": False})
 
 
+def ten_times(x):
+    with np.errstate(over="ignore"):
+        return x[:, 0] * np.float32(10)
+
+
 def test_an_answer_that_is_not_finite_is_that_callers_error(run):
     big = {"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [3e38, 0]}
     small = big | {"data": [1, 0]}
@@ -175,11 +182,10 @@ def test_an_answer_that_is_not_finite_is_that_callers_error(run):
 
     async def test(found, client):
         model_ = found._models.models["taxi"]
-        found._models.models["taxi"] = replace(model_, programs={1: lambda x: x[:, 0] * np.float32(10)})
+        found._models.models["taxi"] = replace(model_, programs={1: ten_times})
         return await asyncio.gather(*(infer(client, t) for t in (small, big, small)))
 
-    with np.errstate(over="ignore"):
-        answers = run(test, LIVE)
+    answers = run(test, LIVE)
     assert [a.status_code for a in answers] == [200, 422, 200]
     assert answers[2].json()["outputs"][0]["data"] == [10.0]
 
@@ -258,3 +264,29 @@ def test_features_are_given_by_name(run):
         return pa.ipc.open_stream(answer.content).read_all().to_pylist()
 
     assert [(r["miles"], r["minute"]) for r in run(test, LIVE)] == [(5.0, 1.0)]
+
+
+def test_what_is_recorded_can_be_read(run, tmp_path):
+    records = RecordsActor(tmp_path)
+    records.start()
+    version = records.register("taxi", "model", b"d1", None, "t1", {"auc": 0.75}, 0.5)
+    records.promote("taxi", 1, reason="first")
+    spec = model(plan=None)
+    route = Route(version=1, digest=version.digest, role=Role.LIVE)
+    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *_: False)
+    tensor = {"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
+
+    async def test(found, client):
+        answer = (await client.post("/v2/models/taxi/infer", json={"inputs": [tensor]})).json()
+        name = answer["parameters"]["prediction_id"]
+        paths = ("models", "models?model=nobody", "drift", "cost", f"lineage/{name}", "lineage/nothing")
+        return [await client.get(f"/raymill/{p}") for p in paths]
+
+    models, nobody, drift, cost, lineage, nothing = run(
+        test, replace(spec, routes=(route,)), records=records, sink=sink
+    )
+    assert [(v["version"], v["stage"], v["metrics"]) for v in models.json()] == [(1, "live", {"auc": 0.75})]
+    assert (nobody.json(), drift.json(), cost.json()["bill_usd"]) == ([], [], 0.0)
+    assert (lineage.json()["version"]["digest"], lineage.json()["prediction"]["version"]) == (version.digest, 1)
+    assert (nothing.status_code, nothing.json()["code"]) == (404, "unknown_prediction")
+    records.stop()
