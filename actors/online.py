@@ -17,11 +17,9 @@ Invariants
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.environment import as_store_error, open_environment, release
 from raymill.actors.evaluate import Floats, Ints, columns_of
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.point_in_time import History, entity_codes, entity_column, operands_of
 from raymill.actors.windows import BEFORE_ALL, NEVER, group, prune, sweep, unpack, warm
-from raymill.runtime.errors import RequestError, StoreError, Unavailable, UnknownEntity
+from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 from raymill.runtime.expressions import duration_us
 
 KEEP = "3d"
 """How far behind the newest event a moment may lie that is still answered (late requests, retries, a replayed day)."""
 
-_MAP_BYTES = 1 << 35
-"""Address space set aside; the file is as large as what it holds."""
 _HORIZON = b"horizon"
 """Key of the event time at which the replay stands."""
 _LONGEST_KEY = 400
@@ -95,7 +92,7 @@ class OnlineStore:
         if source not in self._plan.sources:
             return
         history = History.of(rows, self._plan.sources[source])
-        with _as_store_error(self._path), self._environment().begin(write=True) as txn:
+        with as_store_error(self._path), self._environment().begin(write=True) as txn:
             self._ingest(txn, source, rows, history, lake_version, whole)
 
     def replace(
@@ -108,7 +105,7 @@ class OnlineStore:
             versions: source → version of the lake table.
             horizon: where a replay begins, µs: later rows may be in the lake and are still to come. Absent: no replay.
         """
-        with _as_store_error(self._path), self._environment().begin(write=True) as txn:
+        with as_store_error(self._path), self._environment().begin(write=True) as txn:
             _put_horizon(txn, horizon)
             for view in self._plan.event_views:
                 self._clear(txn, view)
@@ -118,30 +115,30 @@ class OnlineStore:
 
     def lake_version(self, source: str) -> int:
         """Version of the lake table up to which every view has all rows; −1: not known to."""
-        with _as_store_error(self._path), self._environment().begin() as txn:
+        with as_store_error(self._path), self._environment().begin() as txn:
             found = [_progress(txn, v) for v in self._plan.event_views if v.source.name == source]
         return min((p.lake_version if p else -1 for p in found), default=-1)
 
     def horizon(self) -> int | None:
         """Event time, µs, to which a replay has come: later rows of the lake are still to come. None: no replay."""
-        with _as_store_error(self._path), self._environment().begin() as txn:
+        with as_store_error(self._path), self._environment().begin() as txn:
             return _horizon(txn)
 
     def set_horizon(self, at: int) -> None:
         """Move the replay on to `at`."""
-        with _as_store_error(self._path), self._environment().begin(write=True) as txn:
+        with as_store_error(self._path), self._environment().begin(write=True) as txn:
             _put_horizon(txn, at)
 
     def close(self) -> None:
         """Close it in this process, unless a reader here still has it open."""
         if self._opened is not None:
-            _release(self._path)
+            release(self._path)
             self._opened = None
 
     def _environment(self) -> lmdb.Environment:
         if self._opened is None:
             self._path.mkdir(parents=True, exist_ok=True)
-            self._opened = _open(self._path)
+            self._opened = open_environment(self._path)
             with self._opened.begin(write=True) as txn:
                 for view in self._plan.event_views:
                     if _progress(txn, view) is None:
@@ -226,7 +223,7 @@ class OnlineReader:
         by_moment = np.argsort(at, kind="stable")
         keys: dict[tuple[str, str], list[Any]] = {}
         leaves: dict[str, Floats] = {}
-        with _as_store_error(self._path), self._environment().begin(buffers=True) as txn:
+        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
             for view in self._plan.event_views:
                 for c in view.entity:
                     kind = view.source.dtypes[c]
@@ -240,7 +237,7 @@ class OnlineReader:
         """Close it in this process, unless somebody else here still has it open."""
         with self._lock:
             if self._opened is not None:
-                _release(self._path)
+                release(self._path)
                 self._opened = None
 
     def _environment(self) -> lmdb.Environment:
@@ -250,7 +247,7 @@ class OnlineReader:
                     if not (self._path / "data.mdb").exists():
                         raise Unavailable(f"online store {self._path} is not filled yet: ingest rows first")
                     warm()
-                    self._opened = _open(self._path)
+                    self._opened = open_environment(self._path)
         return self._opened
 
 
@@ -346,37 +343,3 @@ def _progress_key(view: ViewPlan) -> bytes:
 def _progress(txn: Any, view: ViewPlan) -> Progress | None:
     found = txn.get(_progress_key(view))
     return None if found is None else Progress.from_bytes(found)
-
-
-@contextmanager
-def _as_store_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.Error as err:
-        raise StoreError(f"online store {path}: {err}; delete the folder and rebuild it from the lake") from err
-
-
-_environments: dict[Path, tuple[lmdb.Environment, int]] = {}
-"""What this process has open and how often: LMDB's locks break when a process opens a store twice."""
-_environments_lock = threading.Lock()
-
-
-def _open(path: Path) -> lmdb.Environment:
-    real = path.resolve()
-    with _environments_lock:
-        env, users = _environments.get(real, (None, 0))
-        if env is None:
-            env = lmdb.open(os.fspath(real), map_size=_MAP_BYTES, max_readers=1024, metasync=False)
-        _environments[real] = (env, users + 1)
-        return env
-
-
-def _release(path: Path) -> None:
-    real = path.resolve()
-    with _environments_lock:
-        env, users = _environments[real]
-        if users > 1:
-            _environments[real] = (env, users - 1)
-        else:
-            del _environments[real]
-            env.close()

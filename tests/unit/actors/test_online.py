@@ -191,6 +191,7 @@ def test_unknown_and_null_entities_give_empty_values_unless_the_view_is_required
     vector = dict(zip(PLAN.names, ask.vectors(stranger, np.array([10 * MINUTE]))[0].tolist(), strict=True))
     assert (vector["line.n"], vector["place.sum"], vector["clock.on_a"]) == (0.0, 0.0, 0.0)
     assert np.isnan([vector["line.mean"], vector["newest.delay"]]).all()
+    assert ask.vectors(stranger.slice(0, 0), np.empty(0, dtype=np.int64)).shape == (0, len(PLAN.names))
     views = [FeatureView("line", RIDES, entity="line", features=VIEWS[0].features, required=True)]
     strict = FeaturePlan.of_views(views, RIDES)
     strictly = OnlineStore(store._path, strict)
