@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raymill.cluster.session import Session, load
 from raymill.runtime.errors import ClusterError
-from raymill.runtime.home import HOME_VARIABLE, Home, current_home
+from raymill.runtime.home import current_home
 
 PLAIN_HOME = "~/.raymill"
 """Home on a cluster that `up` did not start."""
@@ -49,7 +49,7 @@ def attach(address: str | None = None) -> Session:
         ) from err
     node = ray._private.worker.global_worker.node
     found = str(ray.get_runtime_context().gcs_address)
-    home = Home(Path(os.environ.get(HOME_VARIABLE) or PLAIN_HOME).expanduser().resolve())
+    home = current_home(PLAIN_HOME)
     known = load(home)
     if known and known.is_alive and known.address == found:
         return known

@@ -57,6 +57,7 @@ class Correction:
         live = self._world.records.live(version.model)
         if live is None or live.version < version.version:
             self._world.records.promote(version.model, version.version, reason="baseline of this run", at=at)
+        self._refer(version, training_set)
         return version
 
     def begin(self, at: int) -> None:
@@ -112,8 +113,7 @@ class Correction:
             return TrainingFailed(training_id=what.training_id, at=what.at, reason=err.message)
         version = self._register("model", result, training_set, what.at)
         self._remember(version, result)
-        x, _ = columns_of(training_set.train_ref)
-        self._world.monitor.reference(version.version, x)
+        self._refer(version, training_set)
         return Trained(training_id=what.training_id, version=version.version, at=what.at)
 
     def _judge_candidate(self, what: Instruction) -> Fact:
@@ -155,9 +155,16 @@ class Correction:
 
     def _training_set(self, training_id: str, at: int) -> TrainingSet:
         if training_id not in self._sets:
-            held_out = at - duration_us(self._world.pipeline.train.evaluate_on)
-            self._sets = {training_id: self._world.features.training_set(0, at, at, held_out)}
+            train = self._world.pipeline.train
+            start = at - duration_us(train.history) if train.history else 0
+            held_out = at - duration_us(train.evaluate_on)
+            self._sets = {training_id: self._world.features.training_set(start, at, at, held_out)}
         return self._sets[training_id]
+
+    def _refer(self, version: ModelVersion, training_set: TrainingSet) -> None:
+        """Let the monitor hold the version's inputs against what it was trained on."""
+        x, _ = columns_of(training_set.train_ref)
+        self._world.monitor.reference(version.version, x)
 
     def _register(self, kind: str, result: TrainResult, training_set: TrainingSet, at: int) -> ModelVersion:
         last = result.epochs[-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from raymill.jobs.nycflights import FLIGHTS, PLANES, WEATHER
+from raymill.jobs.nycflights import FLIGHTS, PLANES, WEATHER, seeded_bad_rows
 from raymill.runtime import (
     Budget,
     Cost,
@@ -86,5 +86,8 @@ pipeline = Pipeline(
     serve=Serve(p99="50ms", min_replicas=1),
     monitor=Monitor(cost=Cost(missed=120, false_alarm=30), unit="USD", every="28d", canary_for="5d"),
     budget=Budget(usd_per_day=5),
-    replay=Replay(history_until="2013-05-01", drills=Drills(reclaim_spot=True, kill_replica_on="2013-09-15")),
+    replay=Replay(
+        history_until="2013-05-01",
+        drills=Drills(reclaim_spot=True, kill_replica_on="2013-09-15", bad_rows=seeded_bad_rows),
+    ),
 )  # fmt: skip

@@ -99,11 +99,12 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
         handles.append(spawn(ClusterActor, str(home.root), config, records, name="cluster", **place))
         cluster = Remote("cluster")
     name = pipeline.name
+    since_s = run.progress.began_s if pipeline.replay else 0.0  # an earlier replay asked about the same moments
     own = {"anew": True, **place}
     handles += [
         spawn(DataActor, str(home.root), list(pipeline.sources), records, name, name=f"data/{name}", **own),
         spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own),
-        spawn(DriftMonitor, str(home.root), pipeline, records, name=f"drift/{name}", **own),
+        spawn(DriftMonitor, str(home.root), pipeline, records, since_s, name=f"drift/{name}", **own),
     ]
     for handle in handles:
         ask(handle.health.remote())  # an actor that could not start says here why

@@ -175,6 +175,8 @@ class Train:
     """Learning rate of the optimizer, unless `config` holds another."""
     config: str | dict[str, Any] | None = None
     """DeepSpeed's own configuration, a dict or a JSON file beside the pipeline file."""
+    history: Duration | None = None
+    """Length of the past that is trained and evaluated on; absent: all of it."""
     evaluate_on: Duration = "28d"
     """Length of the newest labelled slice that is held out, for evaluation and for the gate."""
     seed: int = 13
@@ -186,6 +188,8 @@ class Train:
     def _ranks_fit(self) -> Train:
         if self.min_ranks > self.ranks:
             raise ValueError(f"min_ranks={self.min_ranks} is more than ranks={self.ranks}: lower min_ranks")
+        if self.history and duration_us(self.history) <= duration_us(self.evaluate_on):
+            raise ValueError(f"history={self.history} leaves nothing to train on beside evaluate_on={self.evaluate_on}")
         return self
 
 

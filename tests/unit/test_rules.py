@@ -153,6 +153,5 @@ def reads_home(node):
     return isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and home(node.slice)
 
 
-@pytest.mark.xfail(strict=True, reason="cluster/attach.py reads it too: it should call current_home(PLAIN_HOME)")
 def test_one_module_reads_where_the_home_is():
     assert where(reads_home) <= {"runtime/home.py"}
