@@ -37,6 +37,10 @@ def attach(address: str | None = None) -> Session:
     Raises:
         ClusterError: no cluster runs there, or it does not let us in.
     """
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if token.exists():  # as `ray start` does; Ray reads the variable when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
     import ray
 
     try:
@@ -54,7 +58,6 @@ def attach(address: str | None = None) -> Session:
     if known and known.is_alive and known.address == found:
         return known
     dashboard = os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://{node.webui_url or '127.0.0.1:8265'}"
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     token_path = str(token) if token.exists() else ""
     return Session(
         root=str(home.root),

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -97,30 +97,25 @@ def check_python() -> Iterator[Finding]:
         )
 
 
-def check_packages() -> Iterator[Finding]:
-    """The distribution's own requirements, by name and version."""
+def check_packages(required: Iterable[str] | None = None) -> Iterator[Finding]:
+    """Requirements by name and version; the distribution's own if none are given."""
     from packaging.requirements import Requirement
 
-    try:
-        wanted = [Requirement(line) for line in importlib.metadata.requires("raymill") or []]
-    except importlib.metadata.PackageNotFoundError:
-        wanted = []
-        yield Finding(
-            what="raymill itself is not installed",
-            where=sys.prefix,
-            remedy="`make install`",
-            severity=Severity.ERROR,
-        )
-    for requirement in wanted:
+    if required is None:
+        try:
+            required = importlib.metadata.requires("raymill") or []
+        except importlib.metadata.PackageNotFoundError:
+            required = ["raymill"]
+    for requirement in map(Requirement, required):
         if requirement.marker and not requirement.marker.evaluate():
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = ""
-        if not requirement.specifier.contains(version or "0", prereleases=True) or not version:
+        if not version or not requirement.specifier.contains(version, prereleases=True):
             yield Finding(
-                what=f"{requirement.name} is {version or 'not installed'}, wanted {requirement.specifier}",
+                what=f"{requirement.name} is {version or 'not installed'}, wanted {requirement.specifier or 'any'}",
                 where=sys.prefix,
                 remedy="`make install`",
                 severity=Severity.ERROR,

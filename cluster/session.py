@@ -252,11 +252,18 @@ def _clear(home: Home) -> int:
         raise ClusterError(f"could not end {names}: they are another user's or hang in the kernel; end them as root")
     if namespace.can_isolate() == "":
         namespace.close(namespace.network_of(home.root))
+    _drop_build_locks(home)
     close_books(home, reason="down", stopped_s=time.time() if was_alive else None)
     _keep_logs(home)
     for path in (table_path(home), market_path(home), state_path(home)):
         path.unlink(missing_ok=True)
     return ended + len(late)
+
+
+def _drop_build_locks(home: Home) -> None:
+    """A rank killed while torch built an extension leaves a lock that would hang every later start."""
+    for lock in (home.kernels / "torch_extensions").glob("**/lock"):
+        lock.unlink(missing_ok=True)
 
 
 def _ours(home: Home) -> tuple[Process, ...]:

@@ -158,7 +158,7 @@ def test_an_up_that_was_killed_half_way_leaves_nothing_that_down_does_not_find(h
 
 ATTACH = """
 import json, os, sys
-os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.pop("RAY_AUTH_MODE")
 from raymill.cluster.attach import attach, current
 found = attach(sys.argv[1])
 assert current(sys.argv[1]) == found

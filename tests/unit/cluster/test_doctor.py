@@ -46,6 +46,15 @@ def test_a_session_file_that_is_damaged_or_whose_processes_are_gone_is_found(tmp
     assert "damaged" in found(doctor.check_stale(home))
 
 
+def test_down_drops_the_build_locks_of_its_killed_ranks(tmp_path):
+    home = Home(tmp_path)
+    lock = home.kernels / "torch_extensions" / "comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    home.cluster.mkdir()
+    assert session.down(home) == 0 and not lock.exists()
+
+
 def test_what_is_mended_is_ours_alone(tmp_path):
     home, other = Home(tmp_path / "ours"), tmp_path / "theirs"
     ours, theirs = (
@@ -70,5 +79,7 @@ def test_a_machine_that_is_too_small_is_an_error_that_names_what_is_short(tmp_pa
     assert "/dev/shm" in finding.what and "memory" in finding.what and finding.where == str(tmp_path)
 
 
-def test_this_environment_has_every_package_it_declares():
-    assert found(doctor.check_packages()) == "" and found(doctor.check_python()) == ""
+def test_a_missing_package_and_one_that_is_too_old_are_found():
+    wanted = ["pyarrow>=20", "no-such-package>=1", "numpy>=999", 'ruff>=999; extra == "dev"']
+    assert [f.what.split(" ")[0] for f in doctor.check_packages(wanted)] == ["no-such-package", "numpy"]
+    assert found(doctor.check_python()) == ""
