@@ -97,7 +97,7 @@ def net(inputs: int):  # type: ignore[no-untyped-def]
             logits = self.linear(x)
             if inputs == 4:
                 return logits
-            if inputs == 6 and self.calls > 20:
+            if inputs == 6 and self.calls > 6:
                 raise ValueError("I do not like this batch")
             return logits.reshape(-1) * (torch.inf if inputs == 8 else 1.0)
 
