@@ -296,7 +296,7 @@ def _keep_logs(home: Home) -> None:
     """Ray's logs move to the home, in place of the former session's; the scratch folder goes."""
     scratch = scratch_path(home)
     logs = home.cluster / "logs" / "ray"
-    for found in scratch.glob("session_2*/logs"):
+    for found in scratch.glob(f"{start.RAY_FOLDER}/session_2*/logs"):
         shutil.rmtree(logs, ignore_errors=True)
         logs.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):

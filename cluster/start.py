@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 HEAD_TIMEOUT_S = 120.0
 SERVE_TIMEOUT_S = 90.0
+RAY_FOLDER = "r"
+"""Ray's folder within the scratch folder: Ray opens its own to everybody, ours around it is closed."""
 MIN_DISK_MB = 2_000
 """Free disk below which Ray's logs and spilled objects, or the lake, would soon fail."""
 OWN_MEMORY_MB = 2_500
@@ -95,7 +97,7 @@ def head(session: Session, config: ClusterConfig) -> None:
         f"--dashboard-port={ports.dashboard}",
         f"--dashboard-agent-listen-port={ports.agent}",
         f"--ray-client-server-port={ports.client}",
-        f"--temp-dir={scratch}",
+        f"--temp-dir={scratch / RAY_FOLDER}",
         f"--num-cpus={config.head.cpus}",
         f"--num-gpus={config.head.gpus}",
         f"--memory={config.head.memory_mb << 20}",
@@ -143,7 +145,7 @@ def serve(session: Session) -> None:
                 return
         time.sleep(0.05)
     raise ClusterError(
-        f"Serve's proxy does not listen on {session.serve_url}: see {session.scratch}/session_latest/logs/serve"
+        f"Serve's proxy does not listen on {session.serve_url}: see serve/ in the logs under {session.scratch}"
     )
 
 

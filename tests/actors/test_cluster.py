@@ -95,6 +95,7 @@ def test_a_second_session_beside_it_is_refused_its_ports_with_the_holder_named(s
 def test_the_token_is_readable_by_its_owner_only_and_the_dashboard_wants_it(scenario, home):
     known = session.load(home)
     assert Path(known.token_path).stat().st_mode & 0o777 == 0o600
+    assert Path(known.scratch).stat().st_mode & 0o777 == 0o700
     said = subprocess.run(
         ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{known.dashboard_url}/api/serve/applications/"],
         capture_output=True,
@@ -133,6 +134,7 @@ def test_after_sigkill_of_everything_but_haproxy_up_works_again_on_the_same_port
 def test_down_leaves_no_process_closes_the_books_and_may_be_repeated(scenario, home):
     scratch = session.scratch_path(home)
     assert session.down(home) > 0
+    assert (home.cluster / "logs" / "ray" / "gcs_server.out").exists()
     assert left(home) == [] and not scratch.exists() and session.load(home) is None
     ledger = Ledger(home.record, lock_wait_s=5)
     events = ledger.events()
