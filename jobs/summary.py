@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
-from raymill.jobs.replay import iso_date
+from raymill.jobs.replay import DAY_US, iso_date
 from raymill.jobs.run import Progress, Run
 from raymill.jobs.world import World
 from raymill.runtime.cost import split
 from raymill.runtime.lineage import trace
 
 PREDICTIONS = "predictions"
+SEEDED = "seeded-"
+"""How the batches of rows that were spoilt on purpose begin."""
 
 
 def summarise(world: World, run: Run, start: int, end: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,17 +55,21 @@ def summarise(world: World, run: Run, start: int, end: int) -> tuple[dict[str, A
         "cost": cost.to_json(),
         "skipped": list(progress.skipped),
     }
-    return summary, _details(world, progress, tally, events)
+    return summary, _details(world, run, events)
 
 
 def months(start: int, end: int) -> list[tuple[int, int]]:
-    """Calendar months (UTC) that touch the range, cut to it: (first moment, end) each, µs."""
+    """Calendar months (UTC) of the range, cut to it: (first moment, end) each, µs.
+
+    A rest of less than two days at its end (local dates reach beyond the UTC month) goes with the month before.
+    """
     found = []
     begin = start
     while begin < end:
         day = datetime.fromtimestamp(begin / 1e6, UTC)
         following = datetime(day.year + day.month // 12, day.month % 12 + 1, 1, tzinfo=UTC)
         until = min(end, int(following.timestamp()) * 1_000_000)
+        until = end if end - until < 2 * DAY_US else until
         found.append((begin, until))
         begin = until
     return found
@@ -77,7 +84,8 @@ def _retrain(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "at": iso_date(entry["at"]), "outcome_at": iso_date(entry["outcome_at"])}
 
 
-def _details(world: World, progress: Progress, tally: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:
+def _details(world: World, run: Run, events: list[dict[str, Any]]) -> dict[str, Any]:
+    progress = run.progress
     ours = [e for e in events if e["pipeline"] == world.pipeline.name and e["wall_s"] >= progress.began_s]
     epochs = {t["training_id"]: t["epochs"][-1] for t in progress.trainings}
     return {
@@ -93,26 +101,40 @@ def _details(world: World, progress: Progress, tally: dict[str, Any], events: li
         "latencies_ms": progress.requests.get("ms", []),
         "trainings": [
             {
-                **{k: t[k] for k in ("training_id", "steps", "seconds")},
+                **{k: t[k] for k in ("steps", "seconds")},
+                "training_id": _short(t["training_id"], run.id),
                 "ranks": epochs[t["training_id"]]["ranks"],
                 "auc": epochs[t["training_id"]]["evaluate_auc"],
                 "log_loss": epochs[t["training_id"]]["evaluate_log_loss"],
             }
             for t in progress.trainings
         ],
-        "gang_changes": progress.gang_changes,
+        "gang_changes": [{**c, "training_id": _short(c["training_id"], run.id)} for c in progress.gang_changes],
         "replica_kill": _replica_kill(progress),
-        "quarantine": [
-            {"source": "", "reason": reason, "rows": n, "seeded": kind == "seeded_bad"}
-            for kind in ("quarantined", "seeded_bad")
-            for reason, n in tally[kind].items()
-        ],
+        "quarantine": _quarantine(world),
         "lineage": _lineage(world),
         "skipped": [
             {"what": what.partition(":")[0], "why": what.partition(":")[2].strip()} for what in progress.skipped
         ],
         "notes": progress.requests.get("errors", []),
     }
+
+
+def _short(training_id: str, run: str) -> str:
+    """Without the run's id in front."""
+    return training_id.removeprefix(f"{run}-")
+
+
+def _quarantine(world: World) -> list[dict[str, Any]]:
+    """Rejected rows by source and reason, those that were spoilt on purpose apart."""
+    found = Counter(
+        (row["source"], row["reason"], row["batch_id"].startswith(SEEDED))
+        for row in world.data.quarantine().select(["source", "reason", "batch_id"]).to_pylist()
+    )
+    return [
+        {"source": source, "reason": reason, "rows": rows, "seeded": seeded}
+        for (source, reason, seeded), rows in sorted(found.items())
+    ]
 
 
 def _marks(progress: Progress) -> list[dict[str, Any]]:
