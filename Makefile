@@ -34,6 +34,17 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
+bench: install          ## one claim: make bench CLAIM=serving [QUICK=--quick]
+	$(BIN)/python -m benchmarks.$(CLAIM) $(QUICK)
+
+bench-peers:            ## what we measure ourselves against, each in a venv of its own; and wrk
+	command -v wrk > /dev/null || apt-get install --yes wrk
+	for peer in benchmarks/peers/*/requirements.txt; do \
+	  venv=$$(dirname $$peer)/.venv; \
+	  test -e $$venv/.installed && test ! $$peer -nt $$venv/.installed && continue; \
+	  $(PYTHON) -m venv $$venv && $$venv/bin/pip install --quiet --requirement $$peer && touch $$venv/.installed || exit 1; \
+	done
+
 lock:                   ## write requirements.lock anew from what .venv holds
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -e '^pip==' -e '^raymill' > requirements.lock
 
