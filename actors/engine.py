@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from torch.distributed import distributed_c10d
 
 from raymill.actors import data_order
 from raymill.actors.checkpoint import decode, encode
@@ -49,7 +50,10 @@ def listen(ranks: int) -> Any:
 def join(rank: int, ranks: int, store: Any, timeout_s: float) -> None:
     """Become a rank of the group that meets at `store`; collectives fail after `timeout_s`."""
     backend = "nccl" if device().type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed makes more groups, without a timeout of their own: torch's default (30 minutes) is taken from here.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 

@@ -147,3 +147,14 @@ def test_a_checkpoint_of_another_net_is_refused(a_rank: Callable[..., TrainerAct
         begun(a_rank(model=fails_late), rank.state({}))
     with pytest.raises(TrainingError, match="never began"):
         a_rank().evaluate()
+
+
+def test_no_collective_of_any_group_waits_longer_than_the_ranks_patience(a_rank: Callable[..., TrainerActor]) -> None:
+    from torch.distributed import distributed_c10d
+
+    begun(a_rank())
+    groups = list(distributed_c10d._world.pg_map)
+    assert len(groups) > 1, "DeepSpeed's own groups are among them"
+    for group in groups:
+        backend = group._get_backend(__import__("torch").device("cpu"))
+        assert backend.options._timeout.total_seconds() == 10
