@@ -7,7 +7,7 @@ from importlib import import_module
 
 import typer
 
-from raymill.jobs.cli.output import err, fail
+from raymill.jobs.cli.output import claim_stdout, err, fail
 from raymill.runtime.errors import RaymillError
 
 VERBS = {
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in words
     if debug:
         words.remove("--debug")
+    claim_stdout()
     try:
         result = app(words, standalone_mode=False)
     except RaymillError as error:

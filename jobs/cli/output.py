@@ -20,10 +20,16 @@ out = Console()
 err = Console(stderr=True)
 
 
+def claim_stdout() -> None:
+    """Keep stdout for what a verb says: whatever Ray and other libraries print goes to stderr from now on."""
+    out.file = sys.stdout
+    sys.stdout = sys.stderr
+
+
 def emit(document: Any, as_json: bool, human: Callable[[], None]) -> None:
     """Print the document as JSON, or the human form of it."""
     if as_json:
-        print(json.dumps(document, indent=1, default=str, allow_nan=False))
+        print(json.dumps(document, indent=1, default=str, allow_nan=False), file=out.file)
     else:
         human()
 
@@ -31,7 +37,8 @@ def emit(document: Any, as_json: bool, human: Callable[[], None]) -> None:
 def fail(error: RaymillError, as_json: bool) -> int:
     """Print the error with its remedy; the exit code: 2 for what the user wrote, 1 for what went wrong."""
     if as_json:
-        print(json.dumps({"error": error.message, "code": error.code, "remedy": error.remedy}, indent=1))
+        told = {"error": error.message, "code": error.code, "remedy": error.remedy}
+        print(json.dumps(told, indent=1), file=out.file)
     err.print(f"[bold red]{error.code}[/]: {error.message}", highlight=False, soft_wrap=True)
     err.print(f"[dim]remedy: {error.remedy}[/]", highlight=False, soft_wrap=True)
     return 2 if isinstance(error, SpecError | RequestError) else 1

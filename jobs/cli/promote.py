@@ -25,11 +25,11 @@ def promote(
 
 def change_live(change: Callable[[Any], ModelVersion], as_json: bool) -> None:
     """Apply a change of the registry, then bring the replicas to it; prints the version that is live now."""
+    session = needed_session()
+    join(session)
     from raymill.actors.endpoint import Endpoint
     from raymill.actors.rollout import reroute
 
-    session = needed_session()
-    join(session)
     with open_records() as (home, records):
         live = change(records)
         endpoint = Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options())

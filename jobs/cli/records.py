@@ -38,7 +38,7 @@ def needed_session() -> Session:
 
 def join(session: Session) -> None:
     """Connect this process to the cluster."""
-    os.environ.update(session.environment())
+    session.enter()
     import ray
 
     if not ray.is_initialized():
@@ -52,13 +52,14 @@ def open_records() -> Iterator[tuple[Home, Any]]:
     Raises:
         Unavailable: nothing was ever run on this home.
     """
-    from raymill.runtime.records import RecordsActor, RemoteRecords
-    from raymill.runtime.spawn import spawn
-
     session = running_session()
     home = session.home if session else current_home()
     if session is not None:
         join(session)
+    from raymill.runtime.records import RecordsActor, RemoteRecords
+    from raymill.runtime.spawn import spawn
+
+    if session is not None:
         spawn(RecordsActor, str(home.root), name="records")
         yield home, RemoteRecords()
         return

@@ -1,0 +1,69 @@
+"""A cluster of its own for the loop tests: own HOME, own RAYMILL_HOME, free ports; down at the end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RAYMILL = Path(sys.executable).parent / "raymill"
+PIPELINES = Path(__file__).parent / "pipelines"
+
+
+class Host:
+    """Runs `raymill` as a user would, in an environment of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "mill"
+        (folder / "home").mkdir(parents=True, exist_ok=True)
+        hidden = ("RAY_", "RAYMILL_", "PYTEST_")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+        self.env = clean | {"HOME": str(folder / "home"), "RAYMILL_HOME": str(self.home)}
+
+    def raymill(self, *words: str, code: int = 0, timeout: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a verb; the test fails if it does not end with `code`."""
+        done = subprocess.run(
+            [str(RAYMILL), *words], env=self.env | env, text=True, capture_output=True, timeout=timeout, check=False
+        )
+        assert done.returncode == code, (
+            f"raymill {' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
+        return done
+
+    def document(self, *words: str, **options: Any) -> Any:
+        """The JSON document that a verb prints."""
+        return json.loads(self.raymill(*words, "--json", **options).stdout)
+
+    def python(self, code: str, timeout: float = 280, **env: str) -> str:
+        """Run a script on the cluster; what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=self.env | env,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    """A host whose cluster is up for all tests of the session that ask for it."""
+    made = Host(tmp_path_factory.mktemp("loop"))
+    made.raymill("up", "--ports", "auto")
+    yield made
+    made.raymill("down")
+    left = [p for p in Path("/proc").glob("[0-9]*/environ") if _carries(p, str(made.home))]
+    assert not left, f"left running: {left}"
+
+
+def _carries(environ: Path, text: str) -> bool:
+    try:
+        return f"RAYMILL_SESSION={text}".encode() in environ.read_bytes()
+    except OSError:
+        return False
