@@ -31,6 +31,9 @@ class Ports:
     """Ray client."""
     haproxy_stats: int
     haproxy_metrics: int
+    fallback_http: int
+    """Serve's proxy behind HAProxy, which holds requests while there is no replica."""
+    fallback_grpc: int
     autoscaler_metrics: int
     dashboard_metrics: int
     replica_http: int

@@ -22,7 +22,7 @@ import httpx
 import pyarrow as pa
 
 from raymill.runtime import errors
-from raymill.runtime.errors import RaymillError, RequestError, Unavailable
+from raymill.runtime.errors import Overloaded, RaymillError, RequestError, Unavailable
 from raymill.runtime.ids import new_ids
 
 URL_VARIABLE = "RAYMILL_URL"
@@ -141,7 +141,8 @@ class Client:
                 if answer.status_code == 200:
                     return answer
                 error: RaymillError = _error_of(answer)
-                if not (answer.status_code >= 500 or answer.status_code == 429) or error.code in _FINAL_CODES:
+                may_pass = answer.status_code >= 500 or isinstance(error, Unavailable | Overloaded)
+                if not may_pass or error.code in _FINAL_CODES:
                     raise error
                 wait_s = max(wait_s, _retry_after_s(answer))
             except httpx.TransportError as err:
@@ -237,6 +238,10 @@ def _error_of(answer: httpx.Response) -> RaymillError:
         message, code = str(told["error"]), told.get("code", "")
     except (ValueError, KeyError, TypeError):
         message, code = f"HTTP {answer.status_code}: {answer.text.strip()[:500]}", ""
-    by_status = {404: RequestError, 413: errors.TooLarge, 429: errors.Overloaded}
+    if answer.status_code == 404 and not code:  # Serve's proxy, while no application is deployed behind it
+        return Unavailable(
+            f"nothing is deployed at {answer.url.copy_with(path='/')} ({message}): `raymill run` does it"
+        )
+    by_status = {413: errors.TooLarge, 429: Overloaded}
     fallback = Unavailable if answer.status_code >= 500 else by_status.get(answer.status_code, RequestError)
     return _known_errors().get(code, fallback)(message)

@@ -1,6 +1,15 @@
+import re
+from pathlib import Path
+
 import pytest
 
-from raymill.cluster.environment import autoscaling_document, client_environment, cluster_environment, serve_options
+from raymill.cluster.environment import (
+    autoscaling_document,
+    client_environment,
+    cluster_environment,
+    serve_environment,
+    serve_options,
+)
 from raymill.cluster.ports import Ports
 from raymill.cluster.session import scratch_path
 from raymill.cluster.spec import load_config, parse_config
@@ -20,6 +29,8 @@ PORTS = Ports(
     dashboard_metrics=6,
     replica_http=7,
     replica_grpc=8,
+    fallback_http=9,
+    fallback_grpc=10,
 )
 
 
@@ -86,3 +97,15 @@ def test_serve_listens_on_loopback_on_the_head_only():
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": 8000},
     }
+
+
+def test_every_port_that_serve_would_take_by_default_is_the_sessions_own():
+    """Two sessions on one machine: a default left over and the requests of one go to the proxy of the other."""
+    import ray
+
+    source = (Path(ray.__file__).parent / "serve" / "_private" / "constants.py").read_text()
+    names = set(re.findall(r'"(RAY_SERVE_\w+_PORT)"', source)) - {
+        "RAY_SERVE_WORKER_PROXY_HTTP_PORT",  # proxies of other hosts: there are none (HeadOnly)
+        "RAY_SERVE_WORKER_PROXY_GRPC_PORT",
+    }
+    assert len(names) >= 8 and names <= serve_environment(PORTS).keys()

@@ -65,10 +65,12 @@ def short_pauses(monkeypatch):
 
 
 def test_what_is_sent_again_has_the_same_ids_and_the_same_moment():
-    server = Server(httpx.ConnectError("refused"), httpx.Response(500, text="proxy"), told(429, "overloaded"))
+    undeployed = httpx.Response(404, text="Path '/predict/m' not found. Ping http://.../-/routes")
+    proxy = httpx.Response(500, text="proxy")
+    server = Server(httpx.ConnectError("refused"), proxy, told(429, "overloaded"), undeployed)
     client = make(server)
     answer = client.predict("m", [{"a": 1}, {"a": 2}])
-    assert client.retried == 3
+    assert client.retried == 4
     assert all(t.equals(server.sent[0]) for t in server.sent)
     assert answer.column("id").to_pylist() == server.sent[0].column("id").to_pylist()
 
