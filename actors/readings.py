@@ -32,6 +32,10 @@ class Readings:
         """The reading of that name, if there is one; called with the query it gives a JSON value."""
         return {"models": self.models, "drift": self.drift, "cost": self.cost, "status": self.status}.get(what)
 
+    def names(self) -> list[str]:
+        """Names of the registered models."""
+        return list(self._records.models())
+
     def models(self, query: Mapping[str, str]) -> Any:
         """Every version of every model, or of `?model=`."""
         names = [query["model"]] if "model" in query else self._records.models()

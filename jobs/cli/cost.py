@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
-from raymill.jobs.cli.records import open_records
+from raymill.jobs.cli.records import open_readings
 
 
 def cost(as_json: AsJson = False) -> None:
     """The bill since the ledger began; the parts sum to it."""
-    from raymill.actors.readings import Readings
-
-    with open_records() as (home, records):
-        found = Readings(home, records).cost({})
+    with open_readings() as readings:
+        found = readings.cost({})
 
     def human() -> None:
         table("cost", ["part", "USD"], [[part, f"{usd:.6f}"] for part, usd in found["parts"].items()])

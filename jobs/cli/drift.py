@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, table
-from raymill.jobs.cli.records import open_records
+from raymill.jobs.cli.records import open_readings
 
 
 def drift(
@@ -15,11 +15,10 @@ def drift(
     as_json: AsJson = False,
 ) -> None:
     """One line a period: what the live version cost beyond the best known alternative, and what follows from it."""
-    from raymill.actors.readings import Readings
     from raymill.jobs.replay import iso_date
 
-    with open_records() as (home, records):
-        found = Readings(home, records).drift({"model": model} if model else {})
+    with open_readings() as readings:
+        found = readings.drift({"model": model} if model else {})
 
     def human() -> None:
         rows = [

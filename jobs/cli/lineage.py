@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, table
-from raymill.jobs.cli.records import open_records
+from raymill.jobs.cli.records import open_readings
 
 
 def lineage(
@@ -15,10 +15,8 @@ def lineage(
     as_json: AsJson = False,
 ) -> None:
     """Prediction → version → training → feature hashes and lake versions → source rows."""
-    from raymill.actors.readings import Readings
-
-    with open_records() as (home, records):
-        found = Readings(home, records).lineage(prediction)
+    with open_readings() as readings:
+        found = readings.lineage(prediction)
 
     def human() -> None:
         rows = [[step["what"], "\n".join(f"{k}: {v}" for k, v in step["facts"].items())] for step in found["steps"]]

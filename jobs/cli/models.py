@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, table
-from raymill.jobs.cli.records import open_records
+from raymill.jobs.cli.records import open_readings
 
 
 def models(
@@ -15,13 +15,12 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """List versions, newest last."""
-    from raymill.actors.readings import Readings
     from raymill.runtime.errors import UnknownModel
 
-    with open_records() as (home, records):
-        if model is not None and model not in records.models():
-            raise UnknownModel(f"there is no model {model!r}; there are {records.models()}")
-        found = Readings(home, records).models({"model": model} if model else {})
+    with open_readings() as readings:
+        if model is not None and model not in readings.names():
+            raise UnknownModel(f"there is no model {model!r}; there are {readings.names()}")
+        found = readings.models({"model": model} if model else {})
 
     def human() -> None:
         rows = [

@@ -11,6 +11,7 @@ from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home, current_home
 
 if TYPE_CHECKING:
+    from raymill.actors.readings import Readings
     from raymill.cluster.session import Session
 
 
@@ -71,3 +72,12 @@ def open_records() -> Iterator[tuple[Home, Any]]:
         yield home, actor
     finally:
         actor.stop()
+
+
+@contextmanager
+def open_readings() -> Iterator[Readings]:
+    """What may be read of models, drift, cost and lineage; errors as `open_records`."""
+    with open_records() as (home, records):
+        from raymill.actors.readings import Readings
+
+        yield Readings(home, records)
