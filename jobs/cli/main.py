@@ -8,7 +8,7 @@ from importlib import import_module
 import typer
 
 from raymill.jobs.cli.output import claim_stdout, err, fail
-from raymill.runtime.errors import RaymillError
+from raymill.runtime.errors import RaymillError, RequestError
 
 VERBS = {
     "run": "The whole loop of a pipeline file.",
@@ -26,6 +26,12 @@ VERBS = {
     "report": "Where the newest run's report is.",
     "doctor": "What is wrong with this machine, and the remedy.",
 }
+
+
+class Usage(RequestError):
+    """A wrong verb, option or argument."""
+
+    remedy = "`raymill --help` lists the verbs, `raymill VERB --help` what a verb takes"
 
 
 app = typer.Typer(
@@ -47,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in words
     if debug:
         words.remove("--debug")
-    claim_stdout()
+    words = words or ["--help"]
+    if not {"-h", "--help"} & set(words):  # help is what was asked for: it goes to stdout
+        claim_stdout()
     try:
         result = app(words, standalone_mode=False)
     except RaymillError as error:
@@ -55,11 +63,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.exit(fail(error, as_json))
     except typer.TyperException as error:  # a wrong verb, option or argument
-        err.print(f"[bold red]usage[/]: {error}; `raymill --help` lists the verbs", highlight=False)
-        sys.exit(2)
+        sys.exit(fail(Usage(error.format_message()), as_json))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         err.print("interrupted; `raymill run` goes on where it was, `raymill down` stops the cluster")
         sys.exit(130)
+    except Exception as error:  # the edge of the command: told in one line, its trace with --debug
+        if debug:
+            raise
+        sys.exit(fail(RaymillError(f"{type(error).__name__}: {error} (--debug shows the trace)"), as_json))
     sys.exit(result if isinstance(result, int) else 0)

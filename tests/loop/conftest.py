@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,22 @@ def host(tmp_path_factory):
     made.raymill("down")
     left = [p for p in Path("/proc").glob("[0-9]*/environ") if _carries(p, str(made.home))]
     assert not left, f"left running: {left}"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The built wheel. Built from a copy: a `build` folder of an earlier day would put deleted modules into it."""
+    root, copy = Path(__file__).parents[2], tmp_path_factory.mktemp("wheel") / "source"
+    copy.mkdir()
+    for name in ("runtime", "actors", "cluster", "jobs"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy.parent), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = copy.parent.glob("*.whl")
+    return built
 
 
 def _carries(environ: Path, text: str) -> bool:
