@@ -29,13 +29,15 @@ from raymill.cluster.node_table import table_path, write_json
 from raymill.cluster.ports import Ports, choose
 from raymill.cluster.processes import Process
 from raymill.cluster.providers import namespace
-from raymill.cluster.spec import ClusterConfig, load_config
+from raymill.cluster.spec import ClusterConfig, load_config, parse_config
 from raymill.cluster.spot_state import market_path
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
 
 LOCK_WAIT_S = 120.0
 """How long an `up` or `down` waits for another one of the same home."""
+_HEAD = ("gcs/gcs_server", "raylet/raylet", "dashboard/dashboard.py", "autoscaler/v2/monitor.py")
+"""Words in the command lines of the head's own processes; a head without one of them is dead to us."""
 
 Say = Callable[[str], None]
 
@@ -83,8 +85,8 @@ class Session:
 
     @property
     def is_alive(self) -> bool:
-        """Whether `up` came to its end and the head's GCS and raylet still run."""
-        main = [p for p in self.pids if any(word in p.command for word in ("gcs_server", "raylet/raylet"))]
+        """Whether `up` came to its end and all of the head that Ray does not restart by itself still runs."""
+        main = [p for p in self.pids if any(word in p.command for word in _HEAD)]
         return self.state == "running" and len(main) >= 2 and all(p.is_alive for p in main)
 
     def environment(self) -> dict[str, str]:
@@ -114,6 +116,20 @@ class Session:
     def serve_options(self) -> dict[str, Any]:
         """What every PUT of Serve's REST config of this session repeats: `proxy_location`, `http_options`."""
         return serve_options(self.ports) if self.ports else {}
+
+    def config(self) -> ClusterConfig | None:
+        """The cluster.toml it was started with; None: `up` did not start it.
+
+        Raises:
+            ClusterError: the file is lost or damaged.
+        """
+        if not self.managed:
+            return None
+        path = _config_path(self.home)
+        try:
+            return parse_config(json.loads(path.read_text()), str(path))
+        except (OSError, ValueError) as err:
+            raise ClusterError(f"session file {path} is damaged ({err}): `raymill down`, then `raymill up`") from err
 
     def document(self) -> dict[str, Any]:
         """For `--json` and for people; holds no secret."""
@@ -195,6 +211,10 @@ def state_path(home: Home) -> Path:
     return home.cluster / "state.json"
 
 
+def _config_path(home: Home) -> Path:
+    return home.cluster / "config.json"
+
+
 def scratch_path(home: Home) -> Path:
     """Short-named folder for sockets: a Unix socket's path ends at 107 characters, and homes may be deep."""
     return Path("/tmp") / f"raymill-{hashlib.sha256(str(home.root).encode()).hexdigest()[:8]}"
@@ -223,6 +243,7 @@ def _start(session: Session, config: ClusterConfig, serve: bool, say: Say) -> Se
     if session.isolate:
         namespace.open_bridge(namespace.network_of(session.home.root))
     assert session.ports is not None
+    write_json(_config_path(session.home), config.model_dump(mode="json"))
     say("starting Ray's head")
     start.head(session, config)
     session = replace(session, pids=_ours(session.home))

@@ -74,11 +74,7 @@ pipeline = Pipeline(
         ),
         OnDemand(
             "calendar",
-            features={
-                "hour": col("scheduled_departure").hour(),
-                "weekday": col("scheduled_departure").weekday(),
-                "month": col("scheduled_departure").month(),
-            },
+            features={"hour": col("scheduled_departure").hour(), "weekday": col("scheduled_departure").weekday()},
         ),
     ],
     label=Label("late", FLIGHTS, late),

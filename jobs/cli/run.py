@@ -11,6 +11,7 @@ import typer
 
 from raymill.jobs.cli.output import AsJson, emit, err, out, progress
 from raymill.jobs.cli.records import join, running_session
+from raymill.runtime.errors import Conflict
 
 if TYPE_CHECKING:
     from raymill.cluster.session import Session
@@ -46,9 +47,11 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
     from raymill.jobs.run import open_run
     from raymill.runtime.home import current_home
 
-    config = load_config(cluster)
     began = time.monotonic()
     found = running_session()
+    if found and cluster:
+        raise Conflict(f"a cluster runs at {found.address} already: leave --cluster away, or `raymill down` first")
+    config = found.config() if found else load_config(cluster)
     ours = found is None
     home = found.home if found else current_home()
     with open_run(home, declared.name, pipeline_file.resolved(declared)) as opened:
@@ -66,7 +69,7 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
 
 
 def _loop(
-    declared: Pipeline, used: Session, config: ClusterConfig, opened: Run
+    declared: Pipeline, used: Session, config: ClusterConfig | None, opened: Run
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     join(used)
     import ray
