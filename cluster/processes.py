@@ -64,7 +64,7 @@ def describe(pid: int) -> Process | None:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         command = ""
-    return Process(pid, started, command[:200])
+    return Process(pid, started, command[:400])
 
 
 def marked(mark: str, value: str) -> list[Process]:

@@ -3,6 +3,8 @@
 costly  what a heavy, expensive order means turns round: the model is wrong until it is trained anew
 free    a column that means nothing moves away: inputs drift, nothing gets worse
 none    nothing
+
+`UNTIL` (a date) and `EPOCHS` make it shorter.
 """
 
 import os
@@ -29,6 +31,8 @@ from raymill.runtime import (
 )
 
 SHIFT = os.environ.get("SHIFT", "costly")
+UNTIL = os.environ.get("UNTIL", "2020-03-25")
+EPOCHS = int(os.environ.get("EPOCHS", "20"))
 DAYS, PER_DAY, TURN = 90, 1000, 59
 HOUR_US = 3_600_000_000
 
@@ -102,7 +106,7 @@ pipeline = Pipeline(
         Net,
         ranks=2,
         min_ranks=1,
-        epochs=20,
+        epochs=EPOCHS,
         batch_rows=64,
         learning_rate=5e-3,
         history="7d",
@@ -116,7 +120,7 @@ pipeline = Pipeline(
     budget=Budget(usd_per_day=50),
     replay=Replay(
         history_until="2020-02-15",
-        until="2020-03-25",
+        until=UNTIL,
         drills=Drills(reclaim_spot=True, kill_replica_on="2020-02-19", bad_rows=broken_orders),
     ),
 )
