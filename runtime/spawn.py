@@ -6,6 +6,7 @@ for it; `spawn` gives back the running one if there is one (actors are found by 
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from typing import Any
@@ -18,6 +19,10 @@ from raymill.runtime.errors import RaymillError, Unavailable
 from raymill.runtime.messages import Lease
 
 NAMESPACE = "raymill"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"([a-z_]\w*\.)*[A-Z]\w*(\(\w+\))?: ")
+"""The last line of a trace: `module.Error: message`."""
+_SHORT = 600
 
 
 def spawn(
@@ -66,9 +71,15 @@ def ask(call: Any, timeout_s: float | None = None) -> Any:
             raise err.cause from err
         raise
     except (RayActorError, GetTimeoutError) as err:
-        raise Unavailable(
-            f"an actor does not answer ({type(err).__name__}: {err}): `raymill run` starts it anew"
-        ) from err
+        raise Unavailable(f"an actor does not answer ({in_short(err)}): `raymill run` starts it anew") from err
+
+
+def in_short(err: BaseException) -> str:
+    """What happened, in one line: an error of Ray carries the trace of the other process as its text."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(err)).splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)] if any("::" in line for line in lines) else []
+    said = raised[-1] if raised else "; ".join(lines)[:_SHORT]
+    return said if raised else f"{type(err).__name__}: {said}"
 
 
 def find(name: str) -> Any:

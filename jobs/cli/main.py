@@ -72,5 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # the edge of the command: told in one line, its trace with --debug
         if debug:
             raise
-        sys.exit(fail(RaymillError(f"{type(error).__name__}: {error} (--debug shows the trace)"), as_json))
+        from raymill.runtime.spawn import in_short
+
+        sys.exit(fail(RaymillError(f"{in_short(error)} (--debug shows the trace)"), as_json))
     sys.exit(result if isinstance(result, int) else 0)
