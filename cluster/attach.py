@@ -72,6 +72,18 @@ def attach(address: str | None = None) -> Session:
     )
 
 
+def lacks(session: Session) -> tuple[str, ...]:
+    """What a run on it has to do without, `what: why` each; nothing, where `up` started it."""
+    if session.managed:
+        return ()
+    why = "this cluster was not started by `raymill up`"
+    return (
+        f"nodes on demand: {why}, so a gang takes the free CPUs there are",
+        f"cost: {why}, so its nodes have no price and no hours",
+        f"Serve behind HAProxy, short drains: {why}, so Serve runs with its owner's variables",
+    )
+
+
 def _serve_url(dashboard: str, token_path: str) -> str:
     """Where Serve listens, if it runs, else its default."""
     headers = {"Authorization": f"Bearer {Path(token_path).read_text().strip()}"} if token_path else {}

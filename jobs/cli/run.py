@@ -74,11 +74,14 @@ def _loop(
     join(used)
     import ray
 
+    from raymill.cluster.attach import lacks
     from raymill.jobs.loop import run_loop
     from raymill.jobs.summary import summarise
     from raymill.jobs.world import build_world
 
     world = build_world(declared, used, config, opened)
+    skipped = opened.progress.skipped
+    skipped += [what for what in lacks(used) if what not in skipped]
     try:
         with progress() as bars:
             tasks = {stage: bars.add_task(stage, total=None, note="", visible=False) for stage in STAGES}

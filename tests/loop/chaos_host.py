@@ -77,12 +77,14 @@ class Host:
         return done.stdout
 
     def start(self) -> subprocess.Popen[bytes]:
-        """`raymill run`, in the background; the same ports each time."""
-        config = self.top / "cluster.toml"
-        if not config.exists():
-            config.write_text(_on_own_ports(DEFAULT_CONFIG.read_text()))
+        """`raymill run`, in the background: on the cluster that is up, else on one on the same ports each time."""
+        command = [BIN / "raymill", "run", PIPELINE]
+        known, config = session.load(self.home), self.top / "cluster.toml"
+        if not (known and known.is_alive):
+            if not config.exists():
+                config.write_text(_on_own_ports(DEFAULT_CONFIG.read_text()))
+            command += ["--cluster", config]
         with (self.top / "run.log").open("ab") as log:
-            command = [BIN / "raymill", "run", PIPELINE, "--cluster", config]
             process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
         self.running.append(process)
         return process

@@ -87,7 +87,9 @@ def test_a_job_submitted_to_a_plain_cluster_runs_to_its_end_and_says_what_was_sk
     with host.plain_cluster():
         summary = host.finish(host.submit())
     assert_whole(host, summary, days=3)
-    assert any(s.startswith("spot drill: this cluster has no spot market") for s in summary["skipped"])
+    skipped = dict(s.split(": ", 1) for s in summary["skipped"])
+    assert skipped.keys() == {"nodes on demand", "cost", "Serve behind HAProxy, short drains", "spot drill"}
+    assert all("`raymill up`" in why for why in skipped.values())
 
 
 @pytest.mark.soak
