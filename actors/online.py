@@ -29,10 +29,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.entities import entity_codes, entity_column
 from raymill.actors.environment import as_store_error, open_environment, release
 from raymill.actors.evaluate import Floats, Ints, columns_of
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
-from raymill.actors.point_in_time import History, entity_codes, entity_column, operands_of
+from raymill.actors.point_in_time import History, operands_of
 from raymill.actors.windows import BEFORE_ALL, NEVER, group, prune, sweep, unpack, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 from raymill.runtime.expressions import duration_us
@@ -298,7 +299,7 @@ def _joined(records: Sequence[Any]) -> tuple[Ints, Ints]:
 
 def _entities(view: ViewPlan, rows: pa.Table) -> tuple[Ints, list[bytes]]:
     """The number of each row's entity, −1 where a key column is null, and each entity's key."""
-    codes, _, _ = entity_codes(view, rows, rows.slice(0, 0))
+    codes = entity_codes(view, rows, rows.slice(0, 0))[0].copy()
     has = np.flatnonzero(codes >= 0)
     _, first, numbers = np.unique(codes[has], return_index=True, return_inverse=True)
     codes[has] = numbers

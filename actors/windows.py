@@ -24,7 +24,7 @@ numba's cache folder of the user where that can not be written.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import int64, njit, types
 
 from raymill.actors.evaluate import Floats, Ints
 
@@ -36,6 +36,7 @@ BEFORE_ALL = -(2**62)
 NEWEST, COUNT, SUM, MEAN, MIN, MAX, LAST = range(7)
 KINDS = {"newest": NEWEST, "count": COUNT, "sum": SUM, "mean": MEAN, "min": MIN, "max": MAX, "last": LAST}
 
+_READ = types.Array(int64, 1, "C", readonly=True)
 FIXED = float(2**20)
 LARGEST = float(2**42)
 _HALF = np.int64(2**32)
@@ -174,7 +175,11 @@ def unpack(buffer: Ints, starts: Ints, columns: int) -> tuple[Ints, Ints, Ints, 
     return codes, time, known, key_hash, operands
 
 
-@njit(cache=True, nogil=True)
+@njit(
+    types.UniTuple(int64[::1], 2)(_READ, int64, _READ),
+    cache=True,
+    nogil=True,
+)
 def group(codes: Ints, groups: int, by_time: Ints) -> tuple[Ints, Ints]:
     """Rows in the order of their group, and within it of `by_time`; and where each group begins (and the last ends)."""
     starts = np.zeros(groups + 1, np.int64)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymill.actors.entities import key_hashes
 from raymill.actors.feature_plan import FeaturePlan
-from raymill.actors.point_in_time import join, key_hashes
+from raymill.actors.point_in_time import join
 from raymill.runtime.errors import ContractError, SpecError
 from raymill.runtime.expressions import col, duration_us
 from raymill.runtime.spec import Col, FeatureView, OnDemand, Source

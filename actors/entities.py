@@ -1,0 +1,119 @@
+"""Who a row is about: entities of two tables as dense numbers, and hashes of row keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raymill.actors.evaluate import Ints, moments
+from raymill.actors.feature_plan import ViewPlan
+from raymill.actors.merge import densify
+from raymill.actors.windows import NEVER, hash_bytes, hash_numbers
+from raymill.runtime.errors import ContractError
+
+_DENSE = 1 << 22
+"""Numbers up to this are taken for dense; larger ones are numbered anew."""
+
+
+def entity_codes(view: ViewPlan, events: pa.Table, rows: pa.Table) -> tuple[Ints, Ints, int]:
+    """Numbers 0 … n − 1 of the view's entities in two tables, and n.
+
+    −1 where a key column is null, and for the second table's entities that the first one does not have (some of
+    them: others have numbers that no event has).
+    """
+    codes, asked = _numbers(events, rows, view.entity[0], view.source.dtypes)
+    for name in view.entity[1:]:
+        more, more_asked = _numbers(events, rows, name, view.source.dtypes)
+        size = int(more.max(initial=0)) + 1
+        codes = np.where((codes < 0) | (more < 0), -1, codes * size + more)  # mixed radix over the columns
+        asked = np.where((asked < 0) | (more_asked < 0) | (more_asked >= size), -1, asked * size + more_asked)
+        if int(codes.max(initial=0)) >= _DENSE:
+            densify(codes, asked, -1)
+    groups = int(codes.max(initial=-1)) + 1
+    if len(asked) and int(asked.max()) >= groups:
+        asked = np.where(asked < groups, asked, -1)
+    return codes, asked, groups
+
+
+def _numbers(events: pa.Table, rows: pa.Table, name: str, dtypes: Mapping[str, str]) -> tuple[Ints, Ints]:
+    """Numbers ≥ 0 of one column's values, −1 for null and for what only `rows` has."""
+    first, second = (entity_column(t, name, dtypes[name]) for t in (events, rows))
+    if dtypes[name] == "string":
+        encoded = first.dictionary_encode()
+        codes = _integers(encoded.indices, -1)
+        return codes, _integers(pc.index_in(second, value_set=encoded.dictionary.drop_null()), -1)
+    low, high = (pc.min_max(first)[k].as_py() or 0 for k in ("min", "max"))
+    codes, asked = _integers(first, NEVER), _integers(second, NEVER)
+    if high - low < max(_DENSE, len(first) // 2):
+        return _shifted(codes, low, high), _shifted(asked, low, high)
+    codes, asked = codes.copy(), asked.copy()
+    densify(codes, asked, NEVER)
+    codes[codes == NEVER] = -1
+    asked[asked == NEVER] = -1
+    return codes, asked
+
+
+def _shifted(values: Ints, low: int, high: int) -> Ints:
+    """Distance from `low`, −1 outside; itself where it is all that already."""
+    if low == 0 and len(values) and int(values.min()) >= 0 and int(values.max()) <= high:
+        return values
+    return np.where((values >= low) & (values <= high) & (values != NEVER), values - low, -1)
+
+
+def _integers(values: pa.Array, null: int) -> Ints:
+    if values.null_count:
+        values = values.fill_null(null)
+    return values.cast(pa.int64()).to_numpy()
+
+
+def key_hashes(rows: pa.Table, key: tuple[str, ...], dtypes: Mapping[str, str]) -> Ints:
+    """A 64-bit hash of each row's key, the same in every process and for every order of rows."""
+    state = np.zeros(len(rows), dtype=np.int64)
+    for name in key:
+        column = column_of(rows, name)
+        if dtypes[name] == "string":
+            text = column.cast(pa.large_string())
+            text = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
+            values = np.empty(len(rows), dtype=np.int64)
+            _, ends, data = text.buffers()
+            starts = np.frombuffer(ends, dtype=np.int64)[text.offset : text.offset + len(text) + 1].copy()
+            hash_bytes(values, starts, np.frombuffer(bytearray(data or b""), dtype=np.uint8))
+        elif dtypes[name] == "float64":
+            values = np.array(column.to_numpy(), dtype=np.float64).view(np.int64)
+        elif dtypes[name] == "timestamp":
+            values = np.array(moments(column, NEVER))
+        else:
+            values = np.array(column.cast(pa.int64()).fill_null(NEVER).to_numpy(), dtype=np.int64)
+        hash_numbers(state, values)
+    return state
+
+
+def entity_column(rows: pa.Table, name: str, dtype: str) -> pa.Array:
+    """A column of an entity's key as strings or int64 (timestamps as µs).
+
+    Raises:
+        ContractError: the column is missing or no such type.
+    """
+    column = column_of(rows, name)
+    try:
+        if dtype == "string":
+            column = column.cast(pa.large_string())
+        else:
+            column = (column.cast(pa.timestamp("us", "UTC")) if dtype == "timestamp" else column).cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+        raise ContractError(f"entity column {name!r} is {column.type}, which is no {dtype}: {err}") from err
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def column_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column.
+
+    Raises:
+        ContractError: there is none of that name.
+    """
+    if name not in rows.column_names:
+        raise ContractError(f"column {name!r} is missing: the rows have {', '.join(rows.column_names)}")
+    return rows.column(name)

@@ -1,0 +1,353 @@
+"""The kernels of the offline join: which event is the newest for a row, and windows over events grouped by entity.
+
+What is computed, and how an entity's events turn into a value, is said and done in `windows`; here is how ten million
+of them get there without a sort. Two ways, with one answer:
+
+- `scan`: the events lie in the order of their time and each is known at its time. One pass over events and rows, which
+  keeps the newest event of every entity. Several threads take a stretch of time each.
+- `measure`, `scatter`, `sweep_groups`: any order, late arrivals, windows. Events are laid out entity by entity (a
+  counting sort), each entity's few are put in order, then swept. Several threads take a range of entities each.
+
+Key hashes, which decide between events of an entity with the same event time and known-at, are made only for those:
+both ways mark them in `tied` and return how many; the caller makes the hashes and runs again.
+
+All kernels take read-only arrays, so that Arrow's own memory is read; hence their signatures.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import boolean, float64, int64, njit, types, void
+
+from raymill.actors.evaluate import Floats, Ints
+from raymill.actors.windows import LAST, MAX, MIN, NEVER, NEWEST, _extreme, _newest, _total
+
+_INTS = types.Array(int64, 1, "C", readonly=True)
+_TABLE = types.Array(int64, 2, "C", readonly=True)
+_MATRIX = types.Array(float64, 2, "C", readonly=True)
+
+OUT_OF_ORDER = -1
+"""`scan` met an event before the one in front of it, or one that is known only later."""
+HEAD = 3
+"""Words of an event in front of its operands: event time, known-at, row."""
+_MOVES = 8
+"""An entity's events are put in order by insertion, until that takes this many moves an event."""
+
+
+@njit(
+    int64(_INTS, _INTS, _INTS, _INTS, _INTS, _INTS, _INTS, int64[::1], int64[::1], boolean[::1]),
+    cache=True,
+    nogil=True,
+)
+def scan(
+    codes: Ints,
+    time: Ints,
+    known: Ints,
+    key_hash: Ints,
+    row_order: Ints,
+    row_codes: Ints,
+    at: Ints,
+    last: Ints,
+    found: Ints,
+    tied: np.ndarray,
+) -> int:
+    """The newest event at each row's moment; how many ties, or OUT_OF_ORDER.
+
+    Args:
+        codes: entity of each event, −1 for none.
+        time: event times, must not go down.
+        known: known-at, not after the event time, or NEVER.
+        key_hash: empty: mark ties in `tied`.
+        row_order: row numbers in the order of their moments.
+        row_codes: entity of each row, −1 for none.
+        at: moment of each row.
+        last: newest event of each entity so far, −1 for none; carried on.
+        found: filled, for the rows of `row_order`: number of the event, −1 for none.
+        tied: set for events with the same entity, time and known-at.
+    """
+    ties = 0
+    p = 0
+    before = np.iinfo(np.int64).min
+    for i in range(len(codes)):
+        t = time[i]
+        if t == NEVER:  # null: they are at the end, or the next one is out of order
+            before = t
+            continue
+        if t < before:
+            return OUT_OF_ORDER
+        if t > before:
+            while p < len(row_order) and at[row_order[p]] < t:
+                row = row_order[p]
+                found[row] = last[row_codes[row]] if row_codes[row] >= 0 else -1
+                p += 1
+        g = codes[i]
+        k = known[i]
+        if k > t and k != NEVER:
+            return OUT_OF_ORDER
+        if g < 0 or k == NEVER:
+            before = t
+            continue
+        j = last[g] if t == before else -1
+        before = t
+        if j < 0 or time[j] < t or known[j] < k:
+            last[g] = i
+        elif known[j] == k:
+            if len(key_hash) == 0:
+                ties += 1
+                tied[i] = True
+                tied[j] = True
+            elif key_hash[i] > key_hash[j]:
+                last[g] = i
+    while p < len(row_order):
+        row = row_order[p]
+        found[row] = last[row_codes[row]] if row_codes[row] >= 0 else -1
+        p += 1
+    return ties
+
+
+@njit(
+    int64[::1](_INTS, int64, _INTS, _INTS, types.Array(boolean, 1, "C", readonly=True), int64, int64),
+    cache=True,
+    nogil=True,
+)
+def measure(codes: Ints, groups: int, time: Ints, known: Ints, wanted: np.ndarray, after: int, until: int) -> Ints:
+    """Where each entity's events begin, and the end: those known at some time, in (after, until], that are wanted."""
+    starts = np.zeros(groups + 1, np.int64)
+    for i in range(len(codes)):
+        g = codes[i]
+        if g >= 0 and wanted[g] and after < time[i] <= until and known[i] <= until:
+            starts[g + 1] += 1
+    for g in range(groups):
+        starts[g + 1] += starts[g]
+    return starts
+
+
+@njit(
+    void(_INTS, _INTS, _INTS, _MATRIX, int64, int64, int64, int64[::1], _INTS, int64[::1]),
+    cache=True,
+    nogil=True,
+)
+def scatter(
+    codes: Ints,
+    time: Ints,
+    known: Ints,
+    operands: Floats,
+    first: int,
+    after: int,
+    until: int,
+    filled: Ints,
+    starts: Ints,
+    buffer: Ints,
+) -> None:
+    """Lay the events out entity by entity, `HEAD` + operands words each, in the order in which they come.
+
+    `starts` are those of `measure` (an entity of no events is not wanted); `filled` begins as a copy of them and is
+    carried on from block to block; `first` is the number of the block's first event.
+    """
+    width = HEAD + operands.shape[0]
+    floats = buffer.view(np.float64)
+    for i in range(len(codes)):
+        g = codes[i]
+        if g >= 0 and starts[g] < starts[g + 1] and after < time[i] <= until and known[i] <= until:
+            at = filled[g] * width
+            filled[g] += 1
+            buffer[at] = time[i]
+            buffer[at + 1] = known[i]
+            buffer[at + 2] = first + i
+            for c in range(operands.shape[0]):
+                floats[at + HEAD + c] = operands[c, i]
+
+
+@njit(cache=True, nogil=True)
+def _before(buffer: Ints, a: int, b: int, key_hash: Ints) -> bool:
+    """Whether the event at word a comes before the one at b; with the same key they keep their order."""
+    if buffer[a] != buffer[b]:
+        return buffer[a] < buffer[b]
+    if buffer[a + 1] != buffer[b + 1]:
+        return buffer[a + 1] < buffer[b + 1]
+    if len(key_hash) == 0:
+        return False
+    return key_hash[buffer[a + 2]] < key_hash[buffer[b + 2]]
+
+
+@njit(cache=True, nogil=True)
+def _in_order(buffer: Ints, begin: int, n: int, width: int, key_hash: Ints, places: Ints) -> None:
+    """`places[:n]`: words at which the group's events begin, in the order of (time, known-at, key hash)."""
+    for i in range(n):
+        places[i] = begin + i * width
+    moves = 0
+    for i in range(1, n):
+        moved = places[i]
+        j = i
+        while j > 0 and _before(buffer, moved, places[j - 1], key_hash):
+            places[j] = places[j - 1]
+            j -= 1
+        places[j] = moved
+        moves += i - j
+        if moves > _MOVES * n:  # far from it: three stable sorts, by the last part of the order first
+            order = np.arange(n)
+            parts = np.empty((3, n), np.int64)
+            for k in range(n):
+                parts[0, k] = key_hash[buffer[begin + k * width + 2]] if len(key_hash) > 0 else 0
+                parts[1, k] = buffer[begin + k * width + 1]
+                parts[2, k] = buffer[begin + k * width]
+            for c in range(3):
+                order = order[np.argsort(parts[c][order], kind="mergesort")]
+            for k in range(n):
+                places[k] = begin + order[k] * width
+            return
+
+
+@njit(cache=True, nogil=True)
+def _arrivals(time: Ints, known: Ints, order: Ints) -> None:
+    """`order`: the events' numbers in the order in which they become known."""
+    moves = 0
+    for i in range(len(time)):
+        arrive = max(time[i], known[i])
+        j = i
+        while j > 0 and max(time[order[j - 1]], known[order[j - 1]]) > arrive:
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+        moves += i - j
+        if moves > _MOVES * len(time):
+            order[:] = np.argsort(np.maximum(time, known), kind="mergesort")
+            return
+
+
+@njit(
+    int64(_INTS, _INTS, int64, int64, int64, _INTS, boolean[::1], _INTS, _INTS, _INTS, _TABLE, float64[:, ::1]),
+    cache=True,
+    nogil=True,
+)
+def sweep_groups(
+    buffer: Ints,
+    starts: Ints,
+    width: int,
+    low: int,
+    high: int,
+    key_hash: Ints,
+    tied: np.ndarray,
+    rows: Ints,
+    row_starts: Ints,
+    at: Ints,
+    plan: Ints,
+    out: Floats,
+) -> int:
+    """Fill `out` for the rows of entities low … high − 1, as `windows.sweep` does from records; how many ties.
+
+    Args:
+        buffer: events as `scatter` lays them out.
+        starts: where each entity's begin.
+        width: words of an event.
+        low: first entity.
+        high: one after the last.
+        key_hash: of each event's row; empty: mark ties in `tied`, their entities' rows are not filled.
+        tied: set for events (by row) with the same entity, time and known-at.
+        rows: row numbers by entity, in each by moment.
+        row_starts: where each entity's rows begin, and the end.
+        at: moment of each row.
+        plan: leaves, as in `windows.sweep`.
+        out: [rows, leaves], as it is for entities without events.
+    """
+    floats = buffer.view(np.float64)
+    ties = 0
+    most = 0
+    for g in range(low, high):
+        most = max(most, starts[g + 1] - starts[g])
+    places = np.empty(most, np.int64)
+    times = np.empty(most, np.int64)
+    knowns = np.empty(most, np.int64)
+    orders = np.empty(most, np.int64)
+    values = np.empty((width - HEAD, most), np.float64)
+    for g in range(low, high):
+        n = starts[g + 1] - starts[g]
+        if n == 0 or row_starts[g] == row_starts[g + 1]:
+            continue
+        _in_order(buffer, starts[g] * width, n, width, key_hash, places)
+        kept = 0
+        clash = False
+        for i in range(n):
+            a = places[i]
+            if i > 0 and buffer[a] == buffer[places[i - 1]] and buffer[a + 1] == buffer[places[i - 1] + 1]:
+                if len(key_hash) == 0:
+                    clash = True
+                    tied[buffer[a + 2]] = True
+                    tied[buffer[places[i - 1] + 2]] = True
+                    ties += 1
+                elif key_hash[buffer[a + 2]] == key_hash[buffer[places[i - 1] + 2]]:
+                    continue
+            times[kept] = buffer[a]
+            knowns[kept] = buffer[a + 1]
+            for c in range(width - HEAD):
+                values[c, kept] = floats[a + HEAD + c]
+            kept += 1
+        if clash:
+            continue
+        time = times[:kept]
+        known = knowns[:kept]
+        order = orders[:kept]
+        _arrivals(time, known, order)
+        mine = rows[row_starts[g] : row_starts[g + 1]]
+        for j in range(plan.shape[0]):
+            kind = plan[j, 0]
+            operand = values[plan[j, 1], :kept]
+            if kind in (NEWEST, LAST):
+                _newest(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+            elif kind in (MIN, MAX):
+                _extreme(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+            else:
+                _total(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+    return ties
+
+
+@njit(boolean(_INTS), cache=True, nogil=True)
+def ascending(values: Ints) -> bool:
+    """Whether no value is smaller than the one before it."""
+    for i in range(1, len(values)):  # noqa: SIM110 (numba knows no generators)
+        if values[i] < values[i - 1]:
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _slot(slots: Ints, names: Ints, value: int, bits: int) -> int:
+    h = np.uint64(value) * np.uint64(0x9E3779B97F4A7C15)
+    s = np.int64(h >> np.uint64(64 - bits))
+    while slots[s] >= 0 and names[slots[s]] != value:
+        s = (s + 1) & (len(slots) - 1)
+    return int(s)
+
+
+@njit(int64(int64[::1], int64[::1], int64), cache=True, nogil=True)
+def densify(first: Ints, second: Ints, unknown: int) -> int:
+    """Put dense codes 0 … n − 1 in place of the distinct values of `first`, in the order in which they come; n.
+
+    `second` gets the same codes, `unknown` for values that `first` does not have. `unknown` itself is kept in both.
+    """
+    bits = 10
+    slots = np.full(1 << bits, -1, np.int64)
+    names = np.empty(1 << (bits - 1), np.int64)
+    n = 0
+    for i in range(len(first)):
+        if first[i] == unknown:
+            continue
+        if 2 * n >= len(slots) - 2:
+            bits += 1
+            slots = np.full(1 << bits, -1, np.int64)
+            grown = np.empty(1 << (bits - 1), np.int64)
+            grown[:n] = names[:n]
+            names = grown
+            for c in range(n):
+                slots[_slot(slots, names, names[c], bits)] = c
+        s = _slot(slots, names, first[i], bits)
+        if slots[s] < 0:
+            slots[s] = n
+            names[n] = first[i]
+            n += 1
+        first[i] = slots[s]
+    for i in range(len(second)):
+        if second[i] != unknown:
+            c = slots[_slot(slots, names, second[i], bits)]
+            second[i] = c if c >= 0 else unknown
+    return n
