@@ -24,7 +24,7 @@ def doctor(
 
     def human() -> None:
         for done in mended:
-            out.print(f"mended: {done}", highlight=False)
+            out.print(f"mended: {done}")
         if findings:
             rows = [[f.severity, f.what, f.where, f.remedy] for f in findings]
             table("doctor", ["severity", "what", "where", "remedy"], rows)

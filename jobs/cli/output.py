@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from raymill.runtime.errors import RaymillError, RequestError, SpecError
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False, highlight=False)  # what is told is data: `[ports]` is no style
+err = Console(stderr=True, markup=False, highlight=False)
 
 
 def claim_stdout() -> None:
@@ -39,8 +40,8 @@ def fail(error: RaymillError, as_json: bool) -> int:
     if as_json:
         told = {"error": error.message, "code": error.code, "remedy": error.remedy}
         print(json.dumps(told, indent=1), file=out.file)
-    err.print(f"[bold red]{error.code}[/]: {error.message}", highlight=False, soft_wrap=True)
-    err.print(f"[dim]remedy: {error.remedy}[/]", highlight=False, soft_wrap=True)
+    err.print(Text.assemble((error.code, "bold red"), f": {error.message}"), soft_wrap=True)
+    err.print(f"remedy: {error.remedy}", style="dim", soft_wrap=True)
     return 2 if isinstance(error, SpecError | RequestError) else 1
 
 
@@ -62,7 +63,7 @@ def progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
         console=err,
         disable=not sys.stderr.isatty(),
     )

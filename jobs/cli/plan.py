@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
 
@@ -23,15 +24,16 @@ def plan(
     made = plan_run(pipeline_file.load(pipeline), load_config(cluster))
 
     def human() -> None:
-        out.print(f"[bold]{made['pipeline']}[/]: {len(made['features'])} features of {len(made['sources'])} sources")
+        sizes = f"{len(made['features'])} features of {len(made['sources'])} sources"
+        out.print(Text.assemble((made["pipeline"], "bold"), f": {sizes}"))
         table("features", ["feature", "version"], [[n, h] for n, h in made["features"].items()])
         table(
             "needs",
             ["for", "what", "USD/h"],
             [[n["purpose"], n["what"], f"{n['usd_per_h']:.2f}"] for n in made["needs"]],
         )
-        out.print(f"at most {made['usd_per_h']:.2f} USD/h", highlight=False)
+        out.print(f"at most {made['usd_per_h']:.2f} USD/h")
         for note in made["skipped"]:
-            out.print(f"skipped: {note}", highlight=False)
+            out.print(f"skipped: {note}")
 
     emit(made, as_json, human)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, table
-from raymill.jobs.cli.records import running_session
+from raymill.jobs.cli.records import needed_session
 from raymill.runtime.errors import RequestError
 
 
@@ -22,11 +23,10 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predictions of rows, with their ids."""
-    from raymill.runtime.client import connect
+    from raymill.runtime.client import URL_VARIABLE, connect
 
     asked = _read(rows)
-    session = None if url else running_session()
-    with connect(url or (session.serve_url if session else None), deadline_s=15) as client:
+    with connect(url or os.environ.get(URL_VARIABLE) or needed_session().serve_url, deadline_s=8) as client:
         answers = client.predict(model, asked, at=at).to_pylist()
 
     def human() -> None:

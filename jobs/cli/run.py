@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from raymill.jobs.cli.output import AsJson, emit, err, out, progress
 from raymill.jobs.cli.records import join, running_session
@@ -108,19 +109,18 @@ def _finish(opened: Run, summary: dict[str, Any], details: dict[str, Any]) -> No
 
 
 def _say(text: str) -> None:
-    err.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}", highlight=False, soft_wrap=True)
+    err.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), f" {text}"), soft_wrap=True)
 
 
 def _print(summary: dict[str, Any], folder: Path) -> None:
     requests, rows = summary["requests"], summary["rows"]
     out.print(
-        f"[bold]{summary['pipeline']}[/] run {summary['run']}: {summary['seconds']['total']:.0f} s, "
+        f"{summary['pipeline']} run {summary['run']}: {summary['seconds']['total']:.0f} s, "
         f"{rows['ingested']:,} rows, {requests['served']:,} requests ({requests['failed']} failed, "
         f"{requests['retried']} retried), {len(summary['retrains'])} retrains, "
         f"{summary['cost']['bill_usd']:.3f} USD of nodes",
-        highlight=False,
     )
     for what in summary.get("skipped", []):
-        out.print(f"skipped: {what}", highlight=False)
-    out.print(f"report   {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    out.print(f"summary  {folder / 'summary.json'}", highlight=False, soft_wrap=True)
+        out.print(f"skipped: {what}")
+    out.print(f"report   {folder / 'report.html'}", soft_wrap=True)
+    out.print(f"summary  {folder / 'summary.json'}", soft_wrap=True)

@@ -16,9 +16,7 @@ def status(as_json: AsJson = False) -> None:
 
     def human() -> None:
         cluster = document["cluster"]
-        out.print(
-            f"cluster  {cluster['address'] + '  ' + cluster['serve_url'] if cluster else 'down'}", highlight=False
-        )
+        out.print(f"cluster  {cluster['address'] + '  ' + cluster['serve_url'] if cluster else 'down'}")
         if document["run"]:
             run = document["run"]
             out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")

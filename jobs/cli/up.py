@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from raymill.cluster import session
 from raymill.cluster.spec import load_config
@@ -36,7 +37,7 @@ def up(
     document = {**found.document(), "seconds": round(time.monotonic() - began, 1)}
 
     def human() -> None:
-        out.print(f"[bold green]up[/] after {document['seconds']} s; state in {home.root}")
+        out.print(Text.assemble(("up", "bold green"), f" after {document['seconds']} s; state in {home.root}"))
         out.print(f"  Ray        {found.address}")
         out.print(f"  dashboard  {found.dashboard_url}   (token: {found.token_path})")
         out.print(f"  endpoint   {found.serve_url}")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from raymill.jobs.cli import main as command
+from raymill.runtime.errors import Conflict
 
 
 def ran(capsys, *words):
@@ -43,3 +44,13 @@ def test_what_nobody_thought_of_is_told_in_one_line_and_raised_with_debug(capsys
     assert code == 1 and "ZeroDivisionError" in json.loads(out)["error"] and "Traceback" not in err
     with pytest.raises(ZeroDivisionError):
         command.main(["status", "--debug"])
+
+
+def test_square_brackets_in_a_message_are_told_as_they_are(capsys, monkeypatch, tmp_path):
+    def refuse(home):
+        raise Conflict("name other ports in [ports]")
+
+    monkeypatch.setenv("RAYMILL_HOME", str(tmp_path))
+    monkeypatch.setattr("raymill.jobs.run.newest", refuse)
+    code, out, err = ran(capsys, "status")
+    assert code == 1 and out == "" and "name other ports in [ports]" in err and "remedy: " in err
