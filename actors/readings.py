@@ -13,6 +13,7 @@ from typing import Any
 
 from raymill.actors.lake import Lake
 from raymill.runtime import cost, lineage
+from raymill.runtime.errors import UnknownModel
 from raymill.runtime.home import Home
 from raymill.runtime.spawn import ask, find
 
@@ -32,17 +33,22 @@ class Readings:
         """The reading of that name, if there is one; called with the query it gives a JSON value."""
         return {"models": self.models, "drift": self.drift, "cost": self.cost, "status": self.status}.get(what)
 
-    def names(self) -> list[str]:
-        """Names of the registered models."""
-        return list(self._records.models())
-
     def models(self, query: Mapping[str, str]) -> Any:
-        """Every version of every model, or of `?model=`."""
-        names = [query["model"]] if "model" in query else self._records.models()
-        return [asdict(version) for name in names for version in self._records.versions(name)]
+        """Every version of every model, or of `?model=`.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        known = self._known(query)
+        return [asdict(version) for name in known for version in self._records.versions(name)]
 
     def drift(self, query: Mapping[str, str]) -> Any:
-        """The verdicts so far, oldest first."""
+        """The verdicts so far, oldest first; those of `?model=`, if one is named.
+
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        self._known(query)
         events = self._records.events("drift.judged", pipeline=query.get("model"))
         return [e["data"] for e in events]
 
@@ -61,3 +67,13 @@ class Readings:
             UnknownPrediction: no such prediction is in the lake.
         """
         return lineage.trace(prediction, Lake(self._home.lake).read, self._records).to_json()
+
+    def _known(self, query: Mapping[str, str]) -> list[str]:
+        """Names of all models, or the one that the query names."""
+        names = list(self._records.models())
+        model = query.get("model")
+        if model is None:
+            return names
+        if model not in names:
+            raise UnknownModel(f"there is no model {model!r}; there are {names}")
+        return [model]

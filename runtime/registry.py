@@ -179,11 +179,13 @@ class Registry:
             version: the version to roll back from. With it a retry is safe: if another is live, that one is given.
 
         Raises:
+            UnknownModel: there is none of that name.
             Conflict: nothing is live, or it replaced nothing.
         """
         with self._ledger.transaction() as db:
             current = _live_version(db, model)
             if current is None:
+                _known_versions(db, model)
                 raise Conflict(f"model {model!r} has no live version to roll back: promote one")
             if version is not None and version != current:
                 return _load(db, model, current)
@@ -261,13 +263,17 @@ def _allow(version: ModelVersion, stage: Stage) -> None:
         )
 
 
+def _known_versions(db: sqlite3.Connection, model: str) -> list[int]:
+    known = [v for (v,) in db.execute("SELECT version FROM versions WHERE model = ? ORDER BY version", (model,))]
+    if not known:
+        raise UnknownModel(f"model {model!r} has no version: `raymill models` lists what there is")
+    return known
+
+
 def _load(db: sqlite3.Connection, model: str, version: int) -> ModelVersion:
     row = db.execute("SELECT * FROM versions WHERE model = ? AND version = ?", (model, version)).fetchone()
     if row is None:
-        known = [v for (v,) in db.execute("SELECT version FROM versions WHERE model = ? ORDER BY version", (model,))]
-        if not known:
-            raise UnknownModel(f"model {model!r} has no version: `raymill models` lists what there is")
-        raise UnknownVersion(f"model {model!r} has no version {version}, it has {known}")
+        raise UnknownVersion(f"model {model!r} has no version {version}, it has {_known_versions(db, model)}")
     history = db.execute(
         "SELECT stage, wall_s, at, reason FROM history WHERE model = ? AND version = ? ORDER BY id", (model, version)
     )

@@ -15,11 +15,7 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """List versions, newest last."""
-    from raymill.runtime.errors import UnknownModel
-
     with open_readings() as readings:
-        if model is not None and model not in readings.names():
-            raise UnknownModel(f"there is no model {model!r}; there are {readings.names()}")
         found = readings.models({"model": model} if model else {})
 
     def human() -> None:

@@ -119,6 +119,8 @@ def test_what_a_stage_does_not_allow_is_a_conflict_that_changes_nothing(registry
 def test_unknown_models_and_versions_are_named(registry):
     with pytest.raises(UnknownModel, match="'m'"):
         registry.promote("m", 1, reason="")
+    with pytest.raises(UnknownModel, match="'m'"):
+        registry.rollback("m", reason="")
     add(registry, 1)
     with pytest.raises(UnknownVersion, match=r"no version 7, it has \[1\]"):
         registry.get("m", 7)
