@@ -286,7 +286,8 @@ def test_what_is_recorded_can_be_read(run, tmp_path):
         test, replace(spec, routes=(route,)), records=records, sink=sink
     )
     assert [(v["version"], v["stage"], v["metrics"]) for v in models.json()] == [(1, "live", {"auc": 0.75})]
-    assert (nobody.json(), drift.json(), cost.json()["bill_usd"]) == ([], [], 0.0)
+    assert (nobody.status_code, nobody.json()["code"]) == (404, "unknown_model")
+    assert (drift.json(), cost.json()["bill_usd"]) == ([], 0.0)
     assert (lineage.json()["version"]["digest"], lineage.json()["prediction"]["version"]) == (version.digest, 1)
     assert (nothing.status_code, nothing.json()["code"]) == (404, "unknown_prediction")
     records.stop()
