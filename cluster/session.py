@@ -322,6 +322,9 @@ def _keep_logs(home: Home) -> None:
         logs.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             shutil.move(found, logs)
+    for found in scratch.glob("n-*/session_2*/logs"):
+        with contextlib.suppress(OSError):
+            shutil.move(found, logs / found.parts[-3])
     shutil.rmtree(scratch, ignore_errors=True)
 
 

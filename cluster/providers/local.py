@@ -42,6 +42,8 @@ from raymill.cluster.spot_state import read_capacity
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
 
+NODE_FOLDER = "n-"
+"""How the folder of a worker node begins, within the session's scratch folder."""
 _HEAD_TAGS = {
     TAG_RAY_NODE_KIND: NODE_KIND_HEAD,
     TAG_RAY_USER_NODE_TYPE: HEAD_TYPE,
@@ -63,6 +65,9 @@ class Launch:
     agent_port: int
     node_address: str
     """Own address, where the node has one of its own; empty: this machine's."""
+    temp_dir: str
+    """Own folder, where the node shares the machine's /tmp: of nodes that share one, each that starts lays a job's
+    working directory anew, under the feet of those that work in it. Empty: Ray's default."""
 
 
 def start_command(launch: Launch, address: str) -> list[str]:
@@ -80,6 +85,7 @@ def start_command(launch: Launch, address: str) -> list[str]:
         "--labels=" + ",".join(f"{k}={v}" for k, v in sorted(labels.items())),
         f"--dashboard-agent-listen-port={launch.agent_port}",
         *("--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"),
+        *([f"--temp-dir={launch.temp_dir}"] if launch.temp_dir else []),
         *([f"--node-ip-address={launch.node_address}"] if launch.node_address else ["--include-log-monitor=false"]),
     ]
 
@@ -182,6 +188,7 @@ class LocalProvider(NodeProvider):
             object_store_bytes=int(node_config["object_store_memory"]),
             agent_port=_free_port(),
             node_address=node.address if node else "",
+            temp_dir="" if node else str(self._scratch / f"{NODE_FOLDER}{instance[-8:]}"),
         )
         try:
             raylet = self._start(launch, node)

@@ -68,7 +68,7 @@ class Host:
         """What all runs said so far."""
         return (self.top / "run.log").read_text()
 
-    def raymill(self, *words: str, timeout_s: float = 120) -> str:
+    def raymill(self, *words: str, timeout_s: float = 240) -> str:
         """A verb, to its end; what it printed."""
         done = subprocess.run(
             [BIN / "raymill", *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s
@@ -129,7 +129,7 @@ class Host:
             processes.end(processes.marked(MARK, str(self.top)))
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 200) -> dict[str, Any]:
+    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 300) -> dict[str, Any]:
         """Wait for a run's end; its summary."""
         assert process.wait(timeout_s) == 0, self.log[-4000:]
         return self.summary()
@@ -152,7 +152,7 @@ class Host:
         begin = time.strptime(start, "%Y-%m-%d")
         return (progress.next_day // 86_400_000_000) - int(time.mktime((*begin[:6], 0, 0, 0)) - time.timezone) // 86_400
 
-    def until_true(self, seen: Callable[[], Any], what: str, limit_s: float = 120) -> None:
+    def until_true(self, seen: Callable[[], Any], what: str, limit_s: float = 240) -> None:
         """Wait, as long as the run lives."""
         end = time.monotonic() + limit_s
         while not seen():

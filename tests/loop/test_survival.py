@@ -25,13 +25,24 @@ ACTORS = {
 """What each is called among the processes of a cluster."""
 
 
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Compiled kernels, which may be lost and so may be shared: compiled once for all tests."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, kernels):
     """Makes hosts; nothing of theirs is left running."""
     made = []
 
     def make(**how):
         made.append(Host(tmp_path, **how))
+        made[-1].home.root.mkdir()
+        made[-1].home.kernels.symlink_to(kernels)
         return made[-1]
 
     yield make
