@@ -6,6 +6,7 @@ Invariants: first come, first served; a request is never split; the line never h
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sized
 from typing import Generic, TypeVar
@@ -55,3 +56,34 @@ class WaitingLine(Generic[T]):
             batch.append(request)
         self._rows -= rows
         return batch
+
+
+class Pace:
+    """How long a batch takes, learned from those before: whether one may be computed on the event loop.
+
+    Batches are told apart by the power of two of their rows. One of a size never seen is taken to cost per row what
+    the nearest smaller size does; if there is none, it is long.
+    """
+
+    SHORT_S = 0.003
+    """For how long a batch may hold the event loop up: about what one turn of it takes with 100 busy callers."""
+    _WEIGHT = 0.1
+    _MOST_S = 0.01  # a pause of the whole process is not the batch's doing
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def is_short(self, rows: int) -> bool:
+        """Whether a batch of so many rows is expected to take less than `SHORT_S`."""
+        size = rows.bit_length()
+        known = self._seconds.get(size)
+        if known is None:
+            smaller = max((s for s in self._seconds if s < size), default=None)
+            known = math.inf if smaller is None else self._seconds[smaller] * 2 ** (size - smaller)
+        return known <= self.SHORT_S
+
+    def note(self, rows: int, seconds: float) -> None:
+        """A batch of so many rows took so long."""
+        size = rows.bit_length()
+        before = self._seconds.get(size, seconds)
+        self._seconds[size] = before + self._WEIGHT * (min(seconds, self._MOST_S) - before)

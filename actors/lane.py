@@ -1,76 +1,107 @@
-"""The lane before one model: callers wait in line, one thread at a time computes whatever waits."""
+"""The lane before one model: callers wait in line, whatever waits is computed together, one batch at a time.
+
+A batch that is expected to be short is computed on the event loop, where a hop to a thread and back would cost more
+than the model does; a longer one in the executor, so that the loop goes on reading.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from raymill.actors.batching import WaitingLine
+from raymill.actors.batching import Pace, WaitingLine
 from raymill.actors.models import Answer, Question
-from raymill.runtime.errors import RaymillError
+from raymill.runtime.errors import RaymillError, Unavailable
 
 Ask = Callable[[list[Question]], "list[Answer | RaymillError]"]
+Done = Callable[["Answer | Exception"], None]
+"""Called once, on the event loop, with what the caller gets; never for one who has left."""
 
 
-class _Waiting:
-    """A question, and where its answer goes."""
+class Ticket:
+    """A question in line, and where its answer goes."""
 
-    __slots__ = ("future", "question")
+    __slots__ = ("done", "left", "question")
 
-    def __init__(self, question: Question, future: asyncio.Future[Answer]) -> None:
-        self.question, self.future = question, future
+    def __init__(self, question: Question, done: Done) -> None:
+        self.question, self.done = question, done
+        self.left = False
+        """Set by a caller who has gone away: what still waits is not computed."""
 
     def __len__(self) -> int:
         return len(self.question)
 
 
 class Lane:
-    """Used from one event loop; `ask` runs in `executor`, never twice at once."""
+    """Used from one event loop; `ask` never runs twice at once."""
 
     def __init__(self, ask: Ask, executor: Executor, *, max_batch_rows: int, max_rows: int) -> None:
         self._ask = ask
         self._executor = executor
-        self.line: WaitingLine[_Waiting] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
-        self._pump: asyncio.Task[None] | None = None
+        self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
+        self.pace = Pace()
+        self._busy = False
 
-    async def answer(self, question: Question) -> Answer:
-        """Wait in line for the answer.
+    def submit(self, question: Question, done: Done) -> Ticket:
+        """Stand in line; `done` is called with the answer, not before this returns.
 
         Raises:
             Overloaded: the line is full.
-            RaymillError: what the model says of these rows.
         """
-        loop = asyncio.get_running_loop()
-        waiting = _Waiting(question, loop.create_future())
-        self.line.offer(waiting)
-        if self._pump is None:
-            self._pump = loop.create_task(self._run())
-        return await waiting.future
+        ticket = Ticket(question, done)
+        self.line.offer(ticket)
+        if not self._busy:
+            self._busy = True
+            # Not at once: whatever the loop reads in this round joins the batch.
+            asyncio.get_running_loop().call_soon(self._next)
+        return ticket
 
-    async def _run(self) -> None:
-        try:
-            while self.line:
-                # A caller who has left is not computed for.
-                batch = [w for w in self.line.take() if not w.future.done()]
-                if batch:
-                    await self._answer(batch)
-        finally:
-            self._pump = None
-
-    async def _answer(self, batch: list[_Waiting]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            answers = await loop.run_in_executor(self._executor, self._ask, [w.question for w in batch])
-        except Exception as err:  # noqa: BLE001 - edge of the lane: it is every caller's answer, and the lane goes on
-            for waiting in batch:
-                if not waiting.future.done():
-                    waiting.future.set_exception(err)
+    def _next(self) -> None:
+        batch = [t for t in self.line.take() if not t.left]
+        if not batch:
+            self._go_on()
             return
-        for waiting, answer in zip(batch, answers, strict=True):
-            if waiting.future.done():
-                continue
-            if isinstance(answer, Answer):
-                waiting.future.set_result(answer)
-            else:
-                waiting.future.set_exception(answer)
+        rows = sum(map(len, batch))
+        questions = [t.question for t in batch]
+        if self.pace.is_short(rows):
+            self._deliver(batch, self._timed(questions, rows))
+            self._go_on()
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            running = loop.run_in_executor(self._executor, self._timed, questions, rows)
+        except RuntimeError:  # the executor is shut down
+            self._deliver(batch, [Unavailable("the replica stops")] * len(batch))
+            self._go_on()
+            return
+        running.add_done_callback(lambda done: self._came_back(batch, done))
+
+    def _came_back(self, batch: list[Ticket], running: asyncio.Future[Sequence[Answer | Exception]]) -> None:
+        try:
+            answers = running.result()
+        except asyncio.CancelledError:
+            answers = [Unavailable("the replica stops")] * len(batch)
+        self._deliver(batch, answers)
+        self._go_on()
+
+    def _timed(self, questions: list[Question], rows: int) -> Sequence[Answer | Exception]:
+        begun = time.perf_counter()
+        try:
+            answers: Sequence[Answer | Exception] = self._ask(questions)
+        except Exception as err:  # noqa: BLE001 - edge of the lane: it is every caller's answer, and the lane goes on
+            answers = [err] * len(questions)
+        self.pace.note(rows, time.perf_counter() - begun)
+        return answers
+
+    def _deliver(self, batch: list[Ticket], answers: Sequence[Answer | Exception]) -> None:
+        for ticket, answer in zip(batch, answers, strict=True):
+            if not ticket.left:
+                ticket.done(answer)
+
+    def _go_on(self) -> None:
+        if self.line:
+            asyncio.get_running_loop().call_soon(self._next)
+        else:
+            self._busy = False

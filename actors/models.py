@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,12 +77,12 @@ class LoadedModel:
     programs: Mapping[int, Program]
     reader: FeatureReader | None
 
-    @property
+    @cached_property
     def routes(self) -> tuple[Route, ...]:
         """The versions that are loaded."""
         return tuple(r for r in self.spec.routes if r.version in self.programs)
 
-    @property
+    @cached_property
     def ready(self) -> bool:
         """Whether a version answers."""
         return any(r.role.answers and r.weight > 0 for r in self.routes)
@@ -150,11 +151,13 @@ class LoadedModel:
         edges = np.cumsum([0, *(len(q) for q, _ in found)])
         routes = self.routes
         chosen = self._choose([q for q, _ in found], routes)
-        p = np.empty(len(x), dtype=np.float32)
-        for place in np.unique(chosen).tolist():
-            mask = chosen == place
-            every = bool(mask.all())
-            p[mask] = self._run(routes[place], x if every else x[mask])
+        if bool((chosen == chosen[0]).all()):
+            p = self._run(routes[int(chosen[0])], x)
+        else:
+            p = np.empty(len(x), dtype=np.float32)
+            for place in np.unique(chosen).tolist():
+                mask = chosen == place
+                p[mask] = self._run(routes[place], x[mask])
         bad = np.flatnonzero(~np.isfinite(p))
         if bad.size:
             ill = set((np.searchsorted(edges, bad, side="right") - 1).tolist())
@@ -174,15 +177,25 @@ class LoadedModel:
         }
 
     def _choose(self, questions: list[Question], routes: tuple[Route, ...]) -> npt.NDArray[np.int64]:
-        place = {r.version: i for i, r in enumerate(routes)}
-        found = []
+        ids: list[str] = []
+        rows: list[int] = []  # how many rows each of these ids decides for
         for q in questions:
-            if q.pinned is None and not q.together:
-                found.append(choose(q.ids, routes))
+            if q.together or q.pinned is not None:
+                ids.append(q.ids[0])
+                rows.append(len(q))
             else:
-                one = choose(q.ids[:1], routes)[0] if q.pinned is None else place[q.pinned]
-                found.append(np.full(len(q), one, dtype=np.int64))
-        return np.concatenate(found)
+                ids += q.ids
+                rows += [1] * len(q)
+        # Where no version answers every row is pinned: `check` saw to it.
+        chosen = np.repeat(choose(ids, routes) if self.ready else np.zeros(len(ids), dtype=np.int64), rows)
+        if any(q.pinned is not None for q in questions):
+            place = {r.version: i for i, r in enumerate(routes)}
+            at = 0
+            for q in questions:
+                if q.pinned is not None:
+                    chosen[at : at + len(q)] = place[q.pinned]
+                at += len(q)
+        return chosen
 
     def _run(self, route: Route, x: Floats) -> Floats:
         try:

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,22 +97,34 @@ class Scored:
         flat = pa.array(np.ascontiguousarray(self.x, dtype=np.float32).reshape(-1))
         columns = [
             pa.array(self.ids, pa.string()),
-            pa.array([self.model] * n, pa.string()),
+            pa.repeat(self.model, n),
             pa.array(self.versions, pa.int64()),
-            pa.array(self.roles, pa.string()),
-            pa.array(self.at, pa.int64()).cast(SCHEMA.field("at").type),
-            pa.array(self.keys, pa.string()),
-            pa.array(self.texts, pa.string()),
+            _texts(self.roles),
+            pa.array(self.at, pa.int64()).view(SCHEMA.field("at").type),
+            _texts(self.keys),
+            _texts(self.texts),
             pa.ListArray.from_arrays(pa.array(offsets), flat),
             pa.array(np.asarray(self.p, dtype=np.float32)),
-            pa.array(np.full(n, wall_s)),
-            pa.array([replica] * n, pa.string()),
+            pa.repeat(wall_s, n),
+            pa.repeat(replica, n),
         ]
         return pa.record_batch(columns, schema=SCHEMA)
 
 
+def _texts(values: Sequence[str | bytes | None]) -> pa.Array:
+    """A column of texts; the usual ones, all the same, are not made one by one."""
+    first = values[0]
+    if values.count(first) == len(values):
+        return (
+            pa.nulls(len(values), pa.string())
+            if first is None
+            else pa.repeat(pa.scalar(first, pa.string()), len(values))
+        )
+    return pa.array(values, pa.string())
+
+
 class PredictionLog:
-    """One replica's log; `record` is called by one thread, everything else by any."""
+    """One replica's log; `record` is called by one thread at a time for a model, everything else by any."""
 
     def __init__(self, spool: Path, sink: Sink, *, replica: str) -> None:
         self._spool = spool

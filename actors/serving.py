@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import uvicorn.config
 
-from raymill.actors import asgi, oip, surroundings, wire
+from raymill.actors import answering, asgi, oip, selftest, serve_accounts, surroundings, wire
+from raymill.actors.answering import Call, Write, version_of
 from raymill.actors.asgi import Reply, Request
-from raymill.actors.lane import Lane
+from raymill.actors.fastlane import Fast
+from raymill.actors.lane import Lane, Ticket
 from raymill.actors.models import Answer, LoadedModel, ModelSet, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.rollout import ModelSpec
-from raymill.runtime.errors import RaymillError, RequestError, Unavailable, UnknownModel, UnknownVersion
+from raymill.runtime.errors import (
+    NoSuchPath,
+    RaymillError,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+    UnknownVersion,
+    WrongMethod,
+)
 from raymill.runtime.home import Home
 from raymill.runtime.ids import new_ids
 from raymill.runtime.records import RemoteRecords
@@ -37,20 +48,6 @@ _log = logging.getLogger(__name__)
 
 DEPLOYMENT = "Replica"
 VERSION = "0.1.0"
-
-
-class NoSuchPath(RequestError):
-    """Nothing is at this path."""
-
-    http_status = 404
-    remedy = "GET / lists the paths"
-
-
-class WrongMethod(RequestError):
-    """The path takes another method."""
-
-    http_status = 405
-    remedy = "GET / lists the paths with their methods"
 
 
 class ServingReplica:
@@ -64,8 +61,9 @@ class ServingReplica:
         sink: Sink | None = None,
         open_reader: Any = None,
         load: Any = None,
+        fast_lane: bool = True,
     ) -> None:
-        """Only `home` is given by Serve; the others are what stands for the actors where there is no Ray."""
+        """Serve gives `home` and `fast_lane`; the others stand for the actors where there is no Ray."""
         self._home = Home(Path(home))
         self._records = records if records is not None else RemoteRecords()
         self.name = new_ids(1)[0]
@@ -80,6 +78,8 @@ class ServingReplica:
         self._lanes: dict[str, Lane] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
+        self.fast = Fast(self, serve_accounts.accounts_of)
+        self.fast.reason = "" if fast_lane else "it was not asked for"
 
     def start(self) -> None:
         """Learn what was answered lately; begin to ship the log."""
@@ -120,9 +120,8 @@ class ServingReplica:
                 reply = asgi.error_reply(err)
             except asgi.GoneAway:
                 return
-            except Exception:  # noqa: BLE001 - edge of the application: told as 500, logged with its trace
-                _log.exception("request to %s failed", scope.get("path"))
-                reply = asgi.error_reply(RaymillError("the replica failed on this request: its log has the trace"))
+            except Exception as err:  # noqa: BLE001 - edge of the application
+                reply = _failure(err, str(scope.get("path")))
             await asgi.send_reply(send, reply)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -137,17 +136,30 @@ class ServingReplica:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await loop.run_in_executor(None, self.start)
+                await self._open_fast_lane()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await loop.run_in_executor(None, self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
+    async def _open_fast_lane(self) -> None:
+        """Put the fast lane into the server that Serve is about to start, if it answers as this application does."""
+        if not self.fast.reason:
+            try:
+                found = await selftest.difference(partial(ServingReplica, **selftest.stand_ins()))
+            except Exception as err:  # noqa: BLE001 - whatever breaks in uvicorn's or Serve's insides
+                found = f"{type(err).__name__}: {err}"
+            self.fast.reason = found and f"its self-test failed: {found}"
+        if self.fast.reason:
+            _log.warning("the fast lane is shut, Serve's own answers: %s", self.fast.reason)
+        else:
+            uvicorn.config.HTTP_PROTOCOLS["auto"] = self.fast.protocol  # type: ignore[assignment]
+
     async def _reply(self, request: Request) -> Reply:
         match request.parts:
             case ("predict", name):
-                _only(request, "POST")
-                return await self._predict(request, self._model(name))
+                return await self._call(request, name, infer=False)
             case ("v2", *rest):
                 return await self._oip(request, tuple(rest))
             case ("raymill", *rest):
@@ -158,31 +170,31 @@ class ServingReplica:
                 return asgi.json_reply({"name": "raymill", "version": VERSION, "paths": PATHS})
         raise NoSuchPath(f"there is nothing at {'/' + '/'.join(request.parts)!r}")
 
-    async def _predict(self, request: Request, model: LoadedModel) -> Reply:
-        now_us, headers = time.time_ns() // 1000, request.headers
-        is_arrow = headers.get("content-type", "").startswith(wire.ARROW_STREAM)
-        if is_arrow:
-            rows = wire.read_arrow(request.body, model.spec, now_us, headers.get("x-raymill-at"))
-        else:
-            rows = wire.read_json(request.body, model.spec, now_us)
-        question = Question(
-            ids=rows.ids,
-            at=rows.at,
-            keys=rows.keys,
-            texts=list(rows.texts),
-            columns=rows.columns,
-            pinned=_version(headers.get("x-raymill-version")),
-        )
-        answer = await self._answer(model, question)
-        accept = headers.get("accept", "")
-        if wire.ARROW_STREAM in accept or (is_arrow and asgi.JSON not in accept):
-            body = wire.write_arrow(model.spec, answer.ids, answer.versions, answer.p)
-            return Reply(200, body, content_type=wire.ARROW_STREAM)
-        return Reply(200, wire.write_json(model.spec, answer.ids, answer.versions, answer.p))
+    def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
+        """Have a call answered: `done` gets the reply on the event loop, perhaps before this returns.
 
-    async def _answer(self, model: LoadedModel, question: Question) -> Answer:
-        model.check(question)
-        return await self._lane(model.spec.name, model.spec).answer(question)
+        Both lanes come through here. None: the reply was given already.
+        """
+        try:
+            model = self._model(call.model)
+            question, write = answering.read(call, model, time.time_ns() // 1000)
+            model.check(question)
+            lane = self._lane(call.model, model.spec)
+            return lane.submit(question, partial(_finish, write, done))
+        except Exception as err:  # noqa: BLE001 - edge of the application
+            done(_failure(err, call.model))
+            return None
+
+    async def _call(self, request: Request, name: str, *, infer: bool, version: str | None = None) -> Reply:
+        _only(request, "POST")
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        call = Call(name, infer, version, request.headers, request.body)
+        ticket = self.submit(call, lambda reply: None if future.done() else future.set_result(reply))
+        try:
+            return await future
+        finally:
+            if ticket is not None:
+                ticket.left = True
 
     def _lane(self, name: str, spec: ModelSpec) -> Lane:
         lane = self._lanes.get(name)
@@ -219,20 +231,20 @@ class ServingReplica:
             case ("models", name, "ready"):
                 return self._ready(request, name, None)
             case ("models", name, "infer"):
-                return await self._infer(request, name, None)
+                return await self._call(request, name, infer=True)
             case ("models", name, "versions", version):
                 return self._metadata(request, name, version)
             case ("models", name, "versions", version, "ready"):
                 return self._ready(request, name, version)
             case ("models", name, "versions", version, "infer"):
-                return await self._infer(request, name, version)
+                return await self._call(request, name, infer=True, version=version)
         raise NoSuchPath(f"there is nothing at {'/v2/' + '/'.join(parts)!r}")
 
     def _metadata(self, request: Request, name: str, version: str | None) -> Reply:
         _only(request, "GET")
         model = self._model(name)
         failed = self._models.failures.get(name, {})
-        if version is not None and _version(version) not in {*model.programs, *failed}:
+        if version is not None and version_of(version) not in {*model.programs, *failed}:
             raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
         document = oip.model_metadata(model.spec, sorted(model.programs))
         if failed:
@@ -242,29 +254,8 @@ class ServingReplica:
     def _ready(self, request: Request, name: str, version: str | None) -> Reply:
         _only(request, "GET")
         model = self._model(name)
-        ready = model.ready if version is None else _version(version) in model.programs
+        ready = model.ready if version is None else version_of(version) in model.programs
         return asgi.json_reply({"name": name, "ready": ready}, 200 if ready else 400)
-
-    async def _infer(self, request: Request, name: str, version: str | None) -> Reply:
-        _only(request, "POST")
-        model = self._model(name)
-        infer = oip.read_infer(request.body, request.headers.get("inference-header-content-length"), model.spec)
-        rows = len(infer.x)
-        question = Question(
-            ids=infer.ids,
-            at=np.full(rows, time.time_ns() // 1000, dtype=np.int64),
-            keys=[None] * rows,
-            texts=[None] * rows,
-            x=infer.x,
-            pinned=_version(version or request.headers.get("x-raymill-version")),
-            together=True,
-        )
-        answer = await self._answer(model, question)
-        body, json_length = oip.write_infer(model.spec, infer, int(answer.versions[0]), answer.p)
-        if json_length is None:
-            return Reply(200, body)
-        length = {"inference-header-content-length": str(json_length)}
-        return Reply(200, body, content_type="application/octet-stream", headers=length)
 
     async def _manage(self, request: Request, parts: tuple[str, ...]) -> Reply:
         if not asgi.is_local(request.peer):
@@ -287,11 +278,7 @@ class ServingReplica:
 
     async def _features(self, request: Request, model: LoadedModel) -> Reply:
         """Feature vectors of rows, as an Arrow stream: id, at, one float32 column a feature."""
-        now_us, headers = time.time_ns() // 1000, request.headers
-        if headers.get("content-type", "").startswith(wire.ARROW_STREAM):
-            rows = wire.read_arrow(request.body, model.spec, now_us, headers.get("x-raymill-at"))
-        else:
-            rows = wire.read_json(request.body, model.spec, now_us)
+        rows = answering.rows_of(request.body, request.headers, model.spec, time.time_ns() // 1000)
         if model.reader is None:
             raise RequestError(f"model {model.spec.name!r} has no features to look up")
         loop = asyncio.get_running_loop()
@@ -311,6 +298,7 @@ class ServingReplica:
             "generation": self._models.generation,
             "models": models,
             "failures": self._models.failures,
+            "fast_lane": {"open": not self.fast.reason, "reason": self.fast.reason, "requests": self.fast.requests},
             "log": {
                 "waiting_rows": self._log.waiting_rows,
                 "shipped_rows": self._log.shipped_rows,
@@ -343,7 +331,9 @@ def build(args: dict[str, Any]) -> Any:
     """The Serve application, for its REST config: `import_path: raymill.actors.serving:build, args: {home: …}`."""
     from ray import serve
 
-    return serve.deployment(serve.ingress()(ServingReplica), name=DEPLOYMENT).bind(args["home"])
+    return serve.deployment(serve.ingress()(ServingReplica), name=DEPLOYMENT).bind(
+        args["home"], fast_lane=args.get("fast_lane", True)
+    )
 
 
 def _only(request: Request, method: str) -> bool:
@@ -352,9 +342,20 @@ def _only(request: Request, method: str) -> bool:
     return True
 
 
-def _version(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UnknownVersion(f"{text!r} names no version: versions are 1, 2, 3 …")
-    return int(text)
+def _finish(write: Write, done: Callable[[Reply], None], answer: Answer | Exception) -> None:
+    if isinstance(answer, Answer):
+        try:
+            reply = write(answer)
+        except Exception as err:  # noqa: BLE001 - edge of the application
+            reply = _failure(err, "an answer")
+    else:
+        reply = _failure(answer, "a batch")
+    done(reply)
+
+
+def _failure(err: Exception, what: str) -> Reply:
+    """What a caller is told of an error; one that is none of ours is logged with its trace."""
+    if not isinstance(err, RaymillError):
+        _log.error("request to %s failed", what, exc_info=err)
+        err = RaymillError("the replica failed on this request: its log has the trace")
+    return asgi.error_reply(err)

@@ -8,6 +8,9 @@
     │   ├── UnknownModel        404
     │   ├── UnknownVersion      404
     │   ├── UnknownPrediction   404
+    │   ├── NoSuchPath          404
+    │   ├── WrongMethod         405
+    │   ├── TooSlow             408
     │   └── TooLarge            413
     ├── Overloaded              429  the queue is full: come again
     ├── Unavailable             503  the endpoint or actor is not there (yet): come again
@@ -101,6 +104,27 @@ class TooLarge(RequestError):
 
     http_status = 413
     remedy = "split the rows over several requests"
+
+
+class NoSuchPath(RequestError):
+    """Nothing is at this path."""
+
+    http_status = 404
+    remedy = "GET / lists the paths"
+
+
+class WrongMethod(RequestError):
+    """The path takes another method."""
+
+    http_status = 405
+    remedy = "GET / lists the paths with their methods"
+
+
+class TooSlow(RequestError):
+    """The request was not whole in time."""
+
+    http_status = 408
+    remedy = "send the request in one piece"
 
 
 class Overloaded(RaymillError):

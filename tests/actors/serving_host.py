@@ -49,7 +49,7 @@ def main(home: str, dashboard_port: int) -> None:
     for number, program in enumerate([exported(0.1, 2), exported(0.2, 2), b"no program"], start=1):
         version = ray.get(records.register.remote("taxi", "model", program, None, f"t{number}", {}, 0.5))
         digests.append(version.digest)
-    print(json.dumps(digests), flush=True)
+    print(json.dumps({"digests": digests, "metrics_port": ray.nodes()[0]["MetricsExportPort"]}), flush=True)
     sys.stdin.read()
     serve.shutdown()
     ray.shutdown()

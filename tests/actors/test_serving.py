@@ -100,7 +100,8 @@ def cluster():
         text=True,
     )
     try:
-        digests = json.loads(host.stdout.readline())
+        told = json.loads(host.stdout.readline())
+        digests = told["digests"]
         endpoint = Endpoint(
             f"http://127.0.0.1:{ports.dashboard}",
             home,
@@ -108,6 +109,7 @@ def cluster():
             headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
         )
         endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}))
+        endpoint.metrics_url = f"http://127.0.0.1:{told['metrics_port']}/metrics"
         yield endpoint, digests, home
     finally:
         host.stdin.close()
@@ -171,6 +173,32 @@ def test_a_row_gets_its_features_and_the_live_version(cluster):
     assert (features[0]["zone.miles_1d"], features[0]["trip.miles"]) == (2.0, 1.5)
     assert (answer[0]["id"], answer[0]["version"]) == ("first", 1)
     assert answer[0]["p"] == pytest.approx(0.1 + 0.001 * np.tanh(3.5), abs=1e-6)
+
+
+def counted(endpoint, metric):
+    """A counter of Serve, all labels together, as Prometheus reads it."""
+    lines = httpx.get(endpoint.metrics_url).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"ray_{metric}{{"))
+
+
+def test_the_fast_lane_is_open_and_serves_own_counters_count_it(cluster):
+    endpoint, _, _ = cluster
+    state = httpx.get(endpoint.url + "/raymill/replica").json()["fast_lane"]
+    assert (state["open"], state["reason"]) == (True, "")
+    names = ("serve_num_http_requests_total", "serve_deployment_request_counter_total")
+    before = [counted(endpoint, name) for name in names]
+    errors = counted(endpoint, "serve_num_http_error_requests_total")
+    with httpx.Client(base_url=endpoint.url) as http:
+        for n in range(300):
+            row = {"trip": n, "zone": "a", "miles": 1.5}
+            assert http.post("/predict/taxi", json={"rows": [row], "at": AT}).status_code == 200
+            assert n % 10 or http.post("/predict/taxi", json={"rows": []}).status_code == 400
+    assert httpx.get(endpoint.url + "/raymill/replica").json()["fast_lane"]["requests"] >= state["requests"] + 330
+    end = time.monotonic() + 30  # Ray's agent hands counters on every few seconds
+    while time.monotonic() < end and counted(endpoint, names[0]) < before[0] + 330:
+        time.sleep(0.5)
+    assert [counted(endpoint, name) - b >= 330 for name, b in zip(names, before, strict=True)] == [True, True]
+    assert counted(endpoint, "serve_num_http_error_requests_total") - errors == 30
 
 
 def test_open_inference_protocol_answers_through_the_proxy(cluster):

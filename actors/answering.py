@@ -1,0 +1,117 @@
+"""The two requests that predict, from body to question and from answer to body; pure, the same for every lane.
+
+Invariant: what is answered depends on the call alone, never on the lane it came by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from raymill.actors import asgi, oip, wire
+from raymill.actors.asgi import Reply
+from raymill.actors.models import Answer, LoadedModel, Question
+from raymill.actors.oip import Infer
+from raymill.actors.rollout import ModelSpec
+from raymill.runtime.errors import UnknownVersion
+
+Write = Callable[[Answer], Reply]
+"""Writes what a caller gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request to predict, its body read."""
+
+    model: str
+    """Name in the path."""
+    infer: bool
+    """Whether it came by `/v2/models/…/infer` (a tensor) and not by `/predict/…` (rows)."""
+    version: str | None
+    """Version in the path."""
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+
+def read(call: Call, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
+    """What is asked, and how to write the answer.
+
+    Raises:
+        RaymillError: the body is not such a request for this model, or names a version that can not be.
+    """
+    return _read_infer(call, model.spec, now_us) if call.infer else _read_rows(call, model.spec, now_us)
+
+
+def rows_of(body: bytes, headers: Mapping[str, str], spec: ModelSpec, now_us: int) -> wire.Rows:
+    """The rows of a body, JSON or an Arrow stream as its content type says."""
+    if _is_arrow(headers):
+        return wire.read_arrow(body, spec, now_us, headers.get("x-raymill-at"))
+    return wire.read_json(body, spec, now_us)
+
+
+def version_of(text: str | None) -> int | None:
+    """The number of a version named in a path or header.
+
+    Raises:
+        UnknownVersion: it is no number of a version.
+    """
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UnknownVersion(f"{text!r} names no version: versions are 1, 2, 3 …")
+    return int(text)
+
+
+def _is_arrow(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").startswith(wire.ARROW_STREAM)
+
+
+def _read_rows(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
+    rows = rows_of(call.body, call.headers, spec, now_us)
+    question = Question(
+        ids=rows.ids,
+        at=rows.at,
+        keys=rows.keys,
+        texts=list(rows.texts),
+        columns=rows.columns,
+        pinned=version_of(call.headers.get("x-raymill-version")),
+    )
+    accept = call.headers.get("accept", "")
+    arrow = wire.ARROW_STREAM in accept or (_is_arrow(call.headers) and asgi.JSON not in accept)
+    return question, partial(_write_arrow if arrow else _write_json, spec)
+
+
+def _read_infer(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
+    infer = oip.read_infer(call.body, call.headers.get("inference-header-content-length"), spec)
+    rows = len(infer.x)
+    question = Question(
+        ids=infer.ids,
+        at=np.full(rows, now_us, dtype=np.int64),
+        keys=[None] * rows,
+        texts=[None] * rows,
+        x=infer.x,
+        pinned=version_of(call.version or call.headers.get("x-raymill-version")),
+        together=True,
+    )
+    return question, partial(_write_infer, spec, infer)
+
+
+def _write_json(spec: ModelSpec, answer: Answer) -> Reply:
+    return Reply(200, wire.write_json(spec, answer.ids, answer.versions, answer.p))
+
+
+def _write_arrow(spec: ModelSpec, answer: Answer) -> Reply:
+    body = wire.write_arrow(spec, answer.ids, answer.versions, answer.p)
+    return Reply(200, body, content_type=wire.ARROW_STREAM)
+
+
+def _write_infer(spec: ModelSpec, infer: Infer, answer: Answer) -> Reply:
+    body, json_length = oip.write_infer(spec, infer, int(answer.versions[0]), answer.p)
+    if json_length is None:
+        return Reply(200, body)
+    length = {"inference-header-content-length": str(json_length)}
+    return Reply(200, body, content_type="application/octet-stream", headers=length)

@@ -1,0 +1,366 @@
+"""The fast lane: uvicorn's own HTTP protocol, which answers the two predict routes itself and leaves all else to it.
+
+A request's way: bytes of one read → head (known heads are not parsed again) → `Service.submit` → reply → bytes; no
+task, no ASGI scope, no queue between. uvicorn and Serve see every other request exactly as if this were not here.
+
+Invariants
+- Replies leave a connection in the order of its requests, whichever lane they took.
+- A request that was read whole is answered, or its caller has gone: a server that stops closes a connection only
+  after the last reply.
+- What a caller may hold on to is bounded: bytes of a head, of a body, requests in a row, seconds without progress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from raymill.actors import asgi, http_head
+from raymill.actors.answering import Call
+from raymill.actors.asgi import Reply
+from raymill.actors.http_head import Head
+from raymill.actors.lane import Ticket
+from raymill.runtime.errors import TooLarge, TooSlow
+
+PIPELINED = 64
+"""Requests of one connection that may be under way."""
+PATIENCE_S = 20.0
+"""For how long a request that is not whole may bring nothing worth mentioning."""
+PROGRESS_BYTES = 64 << 10
+"""What is worth mentioning."""
+_KNOWN_HEADS = 512
+_KNOWN_HEAD_BYTES = 2048
+
+
+class Service(Protocol):
+    """What answers."""
+
+    def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
+        """Have a call answered; `done` gets the reply on the event loop, perhaps before this returns."""
+
+
+class Accounts(Protocol):
+    """Where requests are counted."""
+
+    def begin(self) -> None:
+        """A request is under way."""
+
+    def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
+        """It was answered so; 499: its caller had gone."""
+
+
+class NoAccounts:
+    """Counts nothing: where no Serve is around."""
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
+        """Nothing."""
+
+
+class Fast:
+    """What the connections of one server share."""
+
+    def __init__(self, service: Service, accounts_of: Callable[[Any], Accounts] | None = None) -> None:
+        """`accounts_of` finds, from the server's ASGI application, where to count; it may raise RaymillError."""
+        self.service = service
+        self.accounts: Accounts | None = None
+        self.reason = ""
+        """Why the fast lane is not used; empty: it is."""
+        self.requests = 0
+        self._accounts_of = accounts_of or (lambda app: NoAccounts())
+        self._heads: dict[bytes, Head] = {}
+        self._prefix = os.urandom(10).hex()
+        self._numbers = itertools.count(1)
+
+    def protocol(self, **arguments: Any) -> FastLane:
+        """A connection's protocol, as uvicorn asks for one."""
+        if self.accounts is None and not self.reason:
+            try:
+                self.accounts = self._accounts_of(arguments["config"].loaded_app)
+            except Exception as err:  # noqa: BLE001 - Serve's insides: whatever breaks there, the other lane answers
+                self.reason = f"requests could not be counted for Serve: {type(err).__name__}: {err}"
+        return FastLane(self, **arguments)
+
+    def head(self, block: bytes) -> Head | None:
+        """The head of these bytes; None: not for the fast lane."""
+        head = self._heads.get(block)
+        if head is None:
+            head = http_head.read_head(block)
+            if head is not None and head.request_id is None and len(block) <= _KNOWN_HEAD_BYTES:
+                if len(self._heads) >= _KNOWN_HEADS:
+                    self._heads.clear()
+                self._heads[block] = head
+        return head
+
+    def new_request_id(self) -> str:
+        """A name for a request, in the form of a UUID."""
+        p = self._prefix
+        return f"{p[:8]}-{p[8:12]}-{p[12:16]}-{p[16:20]}-{next(self._numbers):012x}"
+
+
+class _Due:
+    """A request under way on a connection."""
+
+    __slots__ = ("_protocol", "head", "reply", "request_id", "since", "ticket")
+
+    def __init__(self, protocol: FastLane, head: Head, request_id: str) -> None:
+        self._protocol, self.head, self.request_id = protocol, head, request_id
+        self.since = time.perf_counter()
+        self.reply: Reply | None = None
+        self.ticket: Ticket | None = None
+
+    def answered(self, reply: Reply) -> None:
+        """The reply is there; it leaves when those before it have left."""
+        self.reply = reply
+        self._protocol.flush()
+
+
+class FastLane(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, fast: Fast, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._fast = fast
+        self._plain = bool(fast.reason) or bool(self.root_path)
+        """Whether everything goes to uvicorn."""
+        self._held = b""
+        """What was read and not yet looked at."""
+        self._waits = False
+        """Whether `_held` waits for replies to leave."""
+        self._head: Head | None = None
+        """Head of the request whose body is being read."""
+        self._parts: list[bytes] = []
+        self._missing = 0
+        self._due: deque[_Due] = deque()
+        self._inside = False
+        """Whether uvicorn's parser is inside a message."""
+        self._stops = False
+        self._clock: asyncio.TimerHandle | None = None
+        self._came = 0
+        """Bytes since the clock last looked."""
+        self._active = 0.0
+        """When a reply left last, or the request began that is being read."""
+        self._head_open, self._head_bytes = False, 0
+        self._ended = False
+        """Whether the last request said that it is the last."""
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._active = self.loop.time()
+        self._clock = self.loop.call_later(PATIENCE_S, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+        gone, self._due = self._due, deque()
+        for due in gone:
+            if due.ticket is not None:
+                due.ticket.left = True
+            self._count(due, 499)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._came += len(data)
+        if self._ended:
+            return
+        if self._plain:
+            self._feed(data)
+            return
+        self._unset_keepalive_if_required()
+        if self._waits:
+            self._held += data
+            self.flow.pause_reading()  # uvicorn resumes by itself
+            return
+        if self._head is not None:
+            self._parts.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return
+            whole, head = b"".join(self._parts), self._head
+            self._head, self._parts = None, []
+            self._call(head, whole[: head.length])
+            data = whole[head.length :]
+        elif self._held:
+            data, self._held = self._held + data, b""
+        if data:
+            self._take(data)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resume_soon()
+
+    def shutdown(self) -> None:
+        """The server stops: no further request, but those read whole are answered."""
+        self._stops = True
+        if not self._due:  # else the last reply closes
+            super().shutdown()
+
+    # Requests in
+
+    def _take(self, data: bytes) -> None:
+        """Requests from the front of what was read, as far as they are whole."""
+        while data:
+            if self._ended or self.transport.is_closing():
+                return
+            if self._inside:
+                self._feed(data)
+                return
+            if len(self._due) >= PIPELINED or self.flow.write_paused:
+                self._hold(data)
+                return
+            at = data.find(http_head.END, 0, http_head.MAX_HEAD_BYTES)
+            if not http_head.may_begin(data) or (at < 0 and len(data) >= http_head.MAX_HEAD_BYTES):
+                self._turn(data)
+                return
+            if at < 0:
+                self._held, self._active = data, self.loop.time()
+                return
+            begin = at + len(http_head.END)
+            head = self._fast.head(data[:begin])
+            if head is None or self._uvicorn_answers():
+                self._turn(data)
+                return
+            end = begin + head.length
+            if len(data) < end:
+                self._head, self._parts, self._missing = head, [data[begin:]], end - len(data)
+                self._active = self.loop.time()
+                return
+            body, data = data[begin:end], data[end:]
+            self._call(head, body)
+
+    def _call(self, head: Head, body: bytes) -> None:
+        fast = self._fast
+        self._ended = not head.keep_alive
+        due = _Due(self, head, head.request_id or fast.new_request_id())
+        self._due.append(due)
+        fast.requests += 1
+        if fast.accounts is not None:
+            fast.accounts.begin()
+        due.ticket = fast.service.submit(Call(head.model, head.infer, head.version, head.headers, body), due.answered)
+
+    def _turn(self, data: bytes) -> None:
+        """These bytes are uvicorn's, once the replies before them have left."""
+        if self._due:
+            self._hold(data)
+        else:
+            self._feed(data)
+
+    def _uvicorn_answers(self) -> bool:
+        return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
+
+    def _feed(self, data: bytes) -> None:
+        if self.parser is None or self.transport.is_closing():
+            return
+        super().data_received(data)
+        if any(name == b"upgrade" for name, _ in self.headers or ()):
+            self._plain = True
+        if self._head_open:
+            self._head_bytes += len(data)
+            if self._head_bytes > 4 * http_head.MAX_HEAD_BYTES:
+                error = TooLarge(f"the head of the request has more than {4 * http_head.MAX_HEAD_BYTES} bytes")
+                self._refuse(asgi.error_reply(error, 431))
+        if self._stops:
+            super().shutdown()
+
+    def on_message_begin(self) -> None:
+        self._inside, self._head_open, self._head_bytes = True, True, 0
+        self._active = self.loop.time()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_open = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._inside = False
+        super().on_message_complete()
+
+    def _hold(self, data: bytes) -> None:
+        self._held, self._waits = data, True
+        self.flow.pause_reading()
+
+    def _resume_soon(self) -> None:
+        if self._waits and len(self._due) < PIPELINED // 2 and not self.flow.write_paused:
+            self.loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        if not self._waits or self.transport.is_closing():
+            return
+        data, self._held, self._waits = self._held, b"", False
+        self.flow.resume_reading()
+        self._take(data)
+
+    # Replies out
+
+    def flush(self) -> None:
+        """Send the replies that are there, in the order of the requests."""
+        if self.transport.is_closing():
+            return
+        out: list[bytes] = []
+        while self._due and (reply := self._due[0].reply) is not None:
+            due = self._due.popleft()
+            last = not due.head.keep_alive or (self._stops and not self._due and not self._waits)
+            out += self._bytes_of(reply, due.request_id, last)
+            self._count(due, reply.status)
+            if last:
+                self.transport.write(b"".join(out))
+                self.transport.close()
+                return
+        if out:
+            self._active = self.loop.time()
+            self.transport.write(b"".join(out))
+            self._resume_soon()
+
+    def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> list[bytes]:
+        out = [STATUS_LINE[reply.status]]
+        for name, value in self.server_state.default_headers:
+            out += (name, b": ", value, b"\r\n")
+        head = f"content-type: {reply.content_type}\r\ncontent-length: {len(reply.body)}\r\n"
+        for key, text in reply.headers.items():
+            head += f"{key}: {text}\r\n"
+        head += f"x-request-id: {request_id}\r\n" + ("connection: close\r\n\r\n" if last else "\r\n")
+        out += (head.encode("latin-1"), reply.body)
+        return out
+
+    def _count(self, due: _Due, status: int) -> None:
+        if self._fast.accounts is not None:
+            path = f"/v2/models/{due.head.model}/infer" if due.head.infer else f"/predict/{due.head.model}"
+            self._fast.accounts.end(status, time.perf_counter() - due.since, due.request_id, path)
+
+    # Time
+
+    def _look(self) -> None:
+        """Every now and then: close what brings nothing or takes nothing, and what has been idle for long."""
+        came, self._came = self._came, 0
+        now = self.loop.time()
+        if self.transport.is_closing():
+            return
+        if self.flow.write_paused and came < PROGRESS_BYTES and now - self._active > PATIENCE_S:
+            self.transport.abort()
+            return
+        halfway = self._head is not None or (self._held and not self._waits) or self._inside
+        if halfway and not self.flow.read_paused and came < PROGRESS_BYTES and now - self._active >= PATIENCE_S:
+            self._refuse(asgi.error_reply(TooSlow(f"the request was not whole after {PATIENCE_S:.0f} s")))
+            return
+        idle = not (halfway or self._due or self._waits or self._uvicorn_answers())
+        if idle and self.timeout_keep_alive_task is None and now - self._active > self.timeout_keep_alive:
+            self.transport.close()
+            return
+        self._clock = self.loop.call_later(PATIENCE_S, self._look)
+
+    def _refuse(self, reply: Reply) -> None:
+        """Tell what is wrong, if nothing is being told yet, and close."""
+        if not self._due and not self._uvicorn_answers():
+            self.transport.write(b"".join(self._bytes_of(reply, self._fast.new_request_id(), True)))
+        self.transport.close()

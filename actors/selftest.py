@@ -1,0 +1,194 @@
+"""The start-up test of the fast lane: the same bytes down both lanes must come back as the same bytes.
+
+It runs in memory beside the replica, with a small model of its own and its own folder, through the uvicorn, httptools
+and middleware that are installed; what differs is told, and the fast lane stays shut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from raymill.actors import wire
+from raymill.actors.fastlane import Fast
+from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, to_user_config
+
+ANSWER_WITHIN_S = 5.0
+_MODEL = "selftest"
+_VARIES = (
+    re.compile(rb"date: [^\r]*"),
+    re.compile(rb"[0-9A-HJKMNP-TV-Z]{26}"),  # fresh prediction ids
+    re.compile(rb"x-request-id: (?!given)[^\r]*"),
+)
+
+
+class Wire(asyncio.Transport):
+    """A connection in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = bytearray()
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
+
+
+async def difference(make: Callable[[Path], Any]) -> str:
+    """What the lanes answer differently; empty: nothing.
+
+    Args:
+        make: a replica for a folder, whose models are those of `stand_ins`.
+    """
+    with tempfile.TemporaryDirectory(prefix="raymill-selftest-") as folder:
+        replica = make(Path(folder))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, replica.start)
+        try:
+            await replica.reconfigure(to_user_config([spec()]))
+            return await _compare(replica, requests())
+        finally:
+            await loop.run_in_executor(None, replica.stop)
+
+
+async def _compare(replica: Any, sent: Mapping[str, bytes]) -> str:
+    app = as_serve_does(replica.__serve_build_asgi_app__())
+    fast = Fast(replica)
+    for what, data in sent.items():
+        taken = fast.requests
+        quick, plain = await converse(fast.protocol, app, data), await converse(HttpToolsProtocol, app, data)
+        if fast.reason:
+            return fast.reason
+        if fast.requests == taken:
+            return f"{what}: the fast lane did not take it"
+        if masked(quick) != masked(plain):
+            return f"{what}: {bytes(quick[:400])!r} is not {bytes(plain[:400])!r}"
+    return ""
+
+
+async def converse(protocol: Callable[..., Any], app: Any, data: bytes) -> bytes:
+    """Send bytes down a connection whose last request says `Connection: close`; what comes back until it closes."""
+    config = Config(lambda: app, factory=True, lifespan="off", log_config=None, log_level=None, access_log=False)
+    config.load()
+    connection = protocol(config=config, server_state=ServerState(), app_state={})
+    transport = Wire()
+    connection.connection_made(transport)
+    connection.data_received(data)
+    end = asyncio.get_running_loop().time() + ANSWER_WITHIN_S
+    while not transport.closed and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0.0005)
+    connection.connection_lost(None)
+    return bytes(transport.sent) if transport.closed else b"no answer"
+
+
+def masked(reply: bytes) -> bytes:
+    """A reply without what differs from one to the next on either lane."""
+    for varies in _VARIES:
+        reply = varies.sub(b"*", reply)
+    return reply
+
+
+def requests() -> dict[str, bytes]:
+    """What is sent: good and bad requests of both routes, and two in a row."""
+    row = {"id": "a", "amount": 2.5}
+    rows = orjson.dumps({"rows": [row, {"id": "b", "amount": None}], "at": "2020-01-01T00:00:00Z"})
+    tensor = {"name": "features", "shape": [2, 1], "datatype": "FP32"}
+    infer = orjson.dumps({"id": "q", "inputs": [{**tensor, "data": [1.5, 2]}]})
+    head = orjson.dumps(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": 8}}],
+            "outputs": [{"name": "p", "parameters": {"binary_data": True}}],
+        }
+    )
+    raw = head + np.array([1.5, 2.0], dtype="<f4").tobytes()
+    arrow = wire.write_stream(pa.table({"id": ["c"], "amount": [1.0]}))
+    predict, v2 = f"/predict/{_MODEL}", f"/v2/models/{_MODEL}"
+    return {
+        "rows": post(predict, rows),
+        "a row again": post(predict, rows),
+        "rows of no such model": post("/predict/other", rows),
+        "nothing": post(predict, b""),
+        "rows that are no JSON": post(predict, b'{"rows": ['),
+        "a wrong type": post(predict, orjson.dumps({"rows": [{"amount": "much"}]})),
+        "a pinned version": post(predict, rows.replace(b'"a"', b'"d"'), "x-raymill-version: 2"),
+        "an unknown version": post(predict, rows, "x-raymill-version: 9"),
+        "Arrow": post(predict, arrow, f"content-type: {wire.ARROW_STREAM}"),
+        "Arrow for JSON": post(predict, rows, f"accept: {wire.ARROW_STREAM}", "x-request-id: given-1"),
+        "a tensor": post(f"{v2}/infer", infer),
+        "a tensor for a version": post(f"{v2}/versions/2/infer", infer),
+        "a binary tensor": post(f"{v2}/infer", raw, f"Inference-Header-Content-Length: {len(head)}"),
+        "a lying size": post(f"{v2}/infer", raw[:-4], f"Inference-Header-Content-Length: {len(head)}"),
+        "two in a row": post(predict, rows, last=False) + post(f"{v2}/infer", infer),
+    }
+
+
+def post(path: str, body: bytes, *headers: str, last: bool = True) -> bytes:
+    """The bytes of a request."""
+    lines = [f"POST {path} HTTP/1.1", "Host: selftest", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, *(["Connection: close"] if last else []), "", ""]).encode() + body
+
+
+def spec() -> ModelSpec:
+    """The model that is asked."""
+    routes = (
+        Route(version=1, digest="1", role=Role.LIVE, weight=1.0),
+        Route(version=2, digest="2", role=Role.CANARY, weight=0.0),
+    )
+    columns = {"amount": ColumnForm("float64", True)}
+    return ModelSpec(
+        name=_MODEL, label="p", inputs=("amount",), routes=routes, plan=1, columns=columns, required=("amount",)
+    )
+
+
+def stand_ins() -> dict[str, Any]:
+    """What stands for registry, sink, features and programs of a replica under test."""
+    return {"records": _StandIn(), "sink": _StandIn(), "open_reader": lambda spec: _StandIn(), "load": _load}
+
+
+class _StandIn:
+    def program(self, digest: str) -> bytes:
+        return digest.encode()
+
+    def ship(self, segment: str, rows: pa.Table) -> None:
+        """Nothing."""
+
+    def vectors(self, rows: pa.Table, at: Any) -> Any:
+        return rows.column("amount").cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, 1)
+
+
+def _load(program: bytes) -> Any:
+    return lambda x: (np.nan_to_num(x[:, 0]) / 100 + int(program) / 10).astype(np.float32)
+
+
+def as_serve_does(app: Any) -> Any:
+    """Serve's own middleware around the application, where Serve is installed."""
+    from ray.serve._private.http_util import RequestIdMiddleware
+
+    return RequestIdMiddleware(app)
