@@ -54,31 +54,40 @@ pipeline = Pipeline(
     views=[
         FeatureView(
             "weather", WEATHER, entity="origin", max_age="3h", required=True,
-            features=["temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib"],
+            features=["humid", "wind_speed", "precip", "pressure", "visib"],
         ),
-        FeatureView("plane", PLANES, entity="tailnum", features=["year", "seats", "engines"]),
+        FeatureView("plane", PLANES, entity="tailnum", features=["year", "seats"]),
+        FeatureView(
+            "aircraft", FLIGHTS, entity="tailnum",
+            features={"delay": delay.last("12h"), "late_1d": late.mean("1d")},
+        ),
         FeatureView(
             "airport", FLIGHTS, entity="origin",
             features={"delay_2h": delay.mean("2h"), "delay_6h": delay.mean("6h"), "late_6h": late.mean("6h")},
         ),
         FeatureView(
+            "destination", FLIGHTS, entity="dest",
+            features={"late_6h": late.mean("6h"), "late_7d": late.mean("7d")},
+        ),
+        FeatureView(
             "carrier", FLIGHTS, entity=["carrier", "origin"],
-            features={"delay_6h": delay.mean("6h"), "late_1d": late.mean("1d"), "late_7d": late.mean("7d")},
+            features={"delay_6h": delay.mean("6h"), "late_1d": late.mean("1d"), "late_28d": late.mean("28d")},
         ),
         FeatureView(
             "route", FLIGHTS, entity=["carrier", "origin", "dest"],
             features={
-                "late_7d": late.mean("7d"), "delay_7d": delay.mean("7d"), "flights_7d": delay.count("7d"),
-                "distance": col("distance"),
+                "late_7d": late.mean("7d"), "late_28d": late.mean("28d"), "delay_7d": delay.mean("7d"),
+                "flights_7d": delay.count("7d"), "distance": col("distance"),
             },
         ),
+        FeatureView("number", FLIGHTS, entity=["carrier", "flight", "origin"], features={"late_28d": late.mean("28d")}),
         OnDemand(
             "calendar",
             features={"hour": col("scheduled_departure").hour(), "weekday": col("scheduled_departure").weekday()},
         ),
     ],
     label=Label("late", FLIGHTS, late),
-    train=Train(DelayNet, ranks=2, min_ranks=1, epochs=3, batch_rows=1024, learning_rate=2e-3, spot=True),
+    train=Train(DelayNet, ranks=2, min_ranks=1, epochs=4, batch_rows=1024, learning_rate=1e-3, spot=True),
     serve=Serve(p99="50ms", min_replicas=1),
     monitor=Monitor(cost=Cost(missed=120, false_alarm=30), unit="USD", every="28d", canary_for="5d"),
     budget=Budget(usd_per_day=5),

@@ -262,7 +262,7 @@ class Budget:
     """What the pipeline may spend."""
 
     usd_per_day: Annotated[float, Field(gt=0)]
-    """Upper bound of node prices × hours leased, over a wall-clock day."""
+    """What its nodes should cost over a wall-clock day; `raymill plan` says how many hours of running that is."""
 
 
 @dataclass(frozen=True, config=_VALUE)
