@@ -64,6 +64,14 @@ def host(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def served(host: Host) -> dict[str, Any]:
+    """The summary of a run of three days; its endpoint is up, with a model that was promoted."""
+    summary = host.document("run", str(PIPELINES / "drifting.py"), SHIFT="still", UNTIL="2020-02-18")
+    assert [v["stage"] for v in summary["versions"]] == ["retired", "live"]
+    return dict(summary)
+
+
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """The built wheel. Built from a copy: a `build` folder of an earlier day would put deleted modules into it."""
     root, copy = Path(__file__).parents[2], tmp_path_factory.mktemp("wheel") / "source"
