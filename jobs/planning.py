@@ -9,6 +9,24 @@ from raymill.runtime.errors import SpecError
 from raymill.runtime.spec import Pipeline
 
 
+def refuse_other_host(here: str, head: str, home: str) -> None:
+    """Refuse a run whose own files would lie on another host than those of its actors, which are kept on the head.
+
+    Args:
+        here: address of the host on which the run's process is.
+        head: address of the head's host.
+        home: RAYMILL_HOME, a path.
+
+    Raises:
+        SpecError: the two are different hosts.
+    """
+    if here != head:
+        raise SpecError(
+            f"this process is on {here}, the cluster's head on {head}, and {home} means another folder on each: "
+            "run it on the head, e.g. by `ray job submit --working-dir . -- raymill run …`"
+        )
+
+
 def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
     """The plan, as JSON values.
 
@@ -26,13 +44,13 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
             f"serve.min_replicas={serve.min_replicas} needs as many CPUs and one to spare on the head, "
             f"which has {config.head.cpus}: lower it, or raise head.cpus in cluster.toml"
         )
-    spot = min(train.ranks - 1, markets["spot"].max_workers) if train.spot and "spot" in markets else 0
-    reserved = train.ranks - spot
-    room = markets["reserved"].max_workers if "reserved" in markets else 0
-    if reserved > room and train.min_ranks > room + spot:
+    room = {market: kind.max_workers for market, kind in markets.items()}
+    spot = min(train.ranks - (1 if "reserved" in room else 0), room.get("spot", 0)) if train.spot else 0
+    reserved = min(train.ranks - spot, room.get("reserved", 0))
+    if reserved + spot < train.min_ranks:
         raise SpecError(
-            f"train.min_ranks={train.min_ranks}, but cluster.toml allows {room} reserved and {spot} spot nodes: "
-            "lower min_ranks, or raise max_workers"
+            f"train.min_ranks={train.min_ranks}, but cluster.toml allows {room.get('reserved', 0)} reserved and "
+            f"{room.get('spot', 0)} spot nodes{'' if train.spot else ' (spot=False)'}: lower it, or raise max_workers"
         )
     for market, count in (("reserved", reserved), ("spot", spot)):
         if count:

@@ -21,6 +21,7 @@ from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
+from raymill.jobs.planning import refuse_other_host
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
 from raymill.runtime.client import Client, connect
@@ -28,7 +29,7 @@ from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import LeaseRequest, Purpose
 from raymill.runtime.records import RecordsActor, RemoteRecords
-from raymill.runtime.spawn import Remote, ask, spawn
+from raymill.runtime.spawn import Remote, ask, driver_and_head, on_head, spawn
 from raymill.runtime.spec import Pipeline
 
 
@@ -57,7 +58,7 @@ class World:
             owner=f"serve/{name}", purpose=Purpose.SERVING, count=self.pipeline.serve.min_replicas, pipeline=name
         )
         granted = self.scheduler.grant(wanted)
-        self.endpoint.deploy(self._models(), Placement(replicas=len(granted.leases), **head_only()))
+        self.endpoint.deploy(self._models(), Placement(replicas=len(granted.leases), **on_head()))
 
     def serve_present_versions(self) -> None:
         """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""
@@ -86,11 +87,12 @@ class World:
 
 def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | None, run: Run) -> World:
     """Spawn what does not run yet, anew what belongs to the pipeline (its file may have changed), and wire it."""
+    refuse_other_host(*driver_and_head(), str(session.home.root))
     for module in pipeline_file.loaded():  # its classes travel by value: workers need not find the file
         ray.cloudpickle.register_pickle_by_value(module)
     home = session.home
     records = RemoteRecords()
-    place = head_only()
+    place = on_head()
     handles = [spawn(RecordsActor, str(home.root), name="records", **place)]
     kinds = node_kinds(config) if config and session.has_autoscaler else ()
     handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=16, **place))
@@ -142,8 +144,3 @@ def node_kinds(config: ClusterConfig) -> tuple[NodeKind, ...]:
         NodeKind(name=name, market=kind.market, resources=dict(kind.resources), max_nodes=kind.max_workers)
         for name, kind in config.node_types.items()
     )
-
-
-def head_only() -> dict[str, Any]:
-    """Options that keep an actor on the head, where the durable places are; none where the cluster knows no head."""
-    return {"resources": {"head": 0.01}} if "head" in ray.cluster_resources() else {}

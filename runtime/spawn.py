@@ -94,6 +94,18 @@ def find(name: str) -> Any:
         raise Unavailable(f"actor {name!r} does not run on this cluster: start it with `raymill run`") from err
 
 
+def on_head() -> dict[str, Any]:
+    """Options that keep an actor on the head's host, where the durable places are, also where `up` did not start it."""
+    return {"resources": {"head": 0.01} if "head" in ray.cluster_resources() else {"node:__internal_head__": 0.001}}
+
+
+def driver_and_head() -> tuple[str, str]:
+    """Addresses of this process's host and of the head's; raylets that share an address are one host."""
+    addresses = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    head = next(n["NodeManagerAddress"] for n in addresses.values() if "node:__internal_head__" in n["Resources"])
+    return addresses[ray.get_runtime_context().get_node_id()]["NodeManagerAddress"], head
+
+
 def end(name: str) -> None:
     """End the actor `name` for good and wait until its name is free; nothing if it does not run."""
     try:

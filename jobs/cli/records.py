@@ -58,10 +58,10 @@ def open_records() -> Iterator[tuple[Home, Any]]:
     if session is not None:
         join(session)
     from raymill.runtime.records import RecordsActor, RemoteRecords
-    from raymill.runtime.spawn import spawn
+    from raymill.runtime.spawn import on_head, spawn
 
     if session is not None:
-        spawn(RecordsActor, str(home.root), name="records")
+        spawn(RecordsActor, str(home.root), name="records", **on_head())
         yield home, RemoteRecords()
         return
     if not home.record.exists():
