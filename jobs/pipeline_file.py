@@ -7,12 +7,15 @@ import importlib.util
 import json
 import sys
 import traceback
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from raymill.runtime.errors import RaymillError, SpecError
+from raymill.runtime.expressions import Expr
 from raymill.runtime.spec import Pipeline, Train
 
 _PREFIX = "raymill_pipeline_"
@@ -42,8 +45,7 @@ def loaded() -> list[ModuleType]:
 
 def resolved(pipeline: Pipeline) -> str:
     """The pipeline with every default filled in, as JSON (what a run writes beside its output)."""
-    value = TypeAdapter(Pipeline).dump_python(pipeline, mode="python")
-    return json.dumps(value, indent=1, default=_plain)
+    return json.dumps(_plain(pipeline), indent=1)
 
 
 def _execute(path: Path) -> ModuleType:
@@ -95,6 +97,14 @@ def _with_engine_config(pipeline: Pipeline, path: Path) -> Pipeline:
     return Pipeline(**{name: getattr(pipeline, name) for name in Pipeline.__dataclass_fields__} | {"train": train})
 
 
-def _plain(value: object) -> object:
-    to_json = getattr(value, "to_json", None)
-    return to_json() if to_json else getattr(value, "__qualname__", repr(value))
+def _plain(value: Any) -> Any:
+    """JSON values of a declared value; expressions as their tree, classes and functions by name."""
+    if isinstance(value, Expr):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "__qualname__", repr(value)) if callable(value) else value
