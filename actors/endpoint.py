@@ -22,7 +22,9 @@ from raymill.runtime.home import Home
 APPLICATION = "raymill"
 IMPORT_PATH = "raymill.actors.serving:build"
 DEPLOYMENT = "Replica"
-DRAIN_S = 2.0
+GRACE_S = 12.0
+"""How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
+Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
 _API = "/api/serve/applications/"
 _POLL_S = 0.1
 
@@ -112,9 +114,10 @@ class Endpoint:
             "name": DEPLOYMENT,
             "num_replicas": placement.replicas,
             "max_ongoing_requests": 512,
+            "max_surge_percent": 100,  # new code comes up beside the old, which then leaves
             "ray_actor_options": actor,
             "user_config": to_user_config(models),
-            "graceful_shutdown_timeout_s": DRAIN_S,
+            "graceful_shutdown_timeout_s": GRACE_S,
             "graceful_shutdown_wait_loop_s": 0.2,
             "health_check_period_s": 1.0,
             "health_check_timeout_s": 10.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from raymill.actors import trees
 from raymill.actors.models import FeatureReader, Program
 from raymill.actors.rollout import ModelSpec
 from raymill.runtime.errors import Unavailable
@@ -14,7 +15,9 @@ _OBSERVE_TIMEOUT_S = 30.0
 
 
 def load_program(program: bytes) -> Program:
-    """The program that training exported."""
+    """The program that training exported, or a model file of XGBoost."""
+    if trees.is_trees(program):
+        return trees.load_trees(program)
     import torch
 
     from raymill.actors import program as programs

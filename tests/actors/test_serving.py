@@ -243,6 +243,40 @@ def test_a_version_that_does_not_load_takes_no_traffic(cluster):
     assert list(deployed["models"]["taxi"]["versions"]) == ["2"]
 
 
+def test_new_code_comes_up_beside_the_old_and_no_request_is_dropped(cluster):
+    """Callers who never retry, on kept connections and new ones, while one replica takes the place of another."""
+    endpoint, digests, home = cluster
+    before = {r.pid for r in endpoint.replicas() if r.state == "RUNNING"}
+    found, ends = Counter(), threading.Event()
+
+    def call(headers):
+        with httpx.Client(base_url=endpoint.url, timeout=30) as http:
+            while not ends.is_set():
+                body = {"rows": [{"trip": 1, "zone": "a", "miles": 1.5}], "at": AT}
+                try:
+                    answer = http.post("/predict/taxi", json=body, headers=headers)
+                    found[answer.status_code] += 1
+                except httpx.HTTPError as err:
+                    found[repr(err)] += 1
+
+    callers = [threading.Thread(target=call, args=({"connection": "close"} if n % 2 else {},)) for n in range(4)]
+    for caller in callers:
+        caller.start()
+    try:
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels), "CODE": "new"}))
+        end = time.monotonic() + 40
+        while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in before):
+            time.sleep(0.2)
+        assert not any(psutil.pid_exists(pid) for pid in before)
+    finally:
+        ends.set()
+        for caller in callers:
+            caller.join()
+    assert set(found) == {200}
+    assert found[200] > 500
+    assert httpx.get(endpoint.url + "/raymill/replica").json()["fast_lane"]["open"]
+
+
 def test_kill_9_of_the_replica_under_retrying_clients_loses_and_doubles_nothing(cluster):
     endpoint, digests, home = cluster
     endpoint.set_models([spec(digests, v1=0.7, v2=0.3)])
