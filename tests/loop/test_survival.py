@@ -121,12 +121,12 @@ def test_killed_at_ten_random_moments_a_run_still_ends_as_if_nothing_had_been(pl
 
 
 def _kill(host, title):
-    """SIGKILL to the actor of that class, waited for if it is just being started."""
+    """SIGKILL to the actor of that class, waited for if it is just being started; to all of several HAProxies."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        for process in host.members():
-            if title in process.command.split(" ")[0]:
+        if found := [p for p in host.members() if title in p.command.split(" ")[0]]:
+            for process in found:
                 os.kill(process.pid, signal.SIGKILL)
-                return True
+            return True
         time.sleep(0.05)
     return False
