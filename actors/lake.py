@@ -20,6 +20,8 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from raymill.actors.parts import Parts
+from raymill.actors.plain_pages import is_plain, writer_properties
 from raymill.runtime.errors import ContractError, StoreError
 
 ATTEMPTS = 20
@@ -85,6 +87,16 @@ class Lake:
         with _as_store_error(table, "read"):
             found = DeltaTable(str(self._path(table)), version=version)
             return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
+
+    def parts(self, table: str, *, version: int | None = None, by: str | None = None) -> Parts:
+        """The files of a version as they are stored, for the point-in-time join; ordered `by` a column's least value.
+
+        Raises:
+            StoreError: there is no such table or version.
+        """
+        with _as_store_error(table, "read"):
+            files = DeltaTable(str(self._path(table)), version=version).file_uris()
+        return Parts([f.removeprefix("file://") for f in files], by=by)
 
     def version(self, table: str) -> int | None:
         """Newest version of the table; None: there is none yet."""
@@ -171,8 +183,11 @@ def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str) -> int:
     transaction = Transaction(batch_id, rows.num_rows)
     properties = CommitProperties(app_transactions=[transaction])
     if rows.num_rows:
+        # In one piece: delta-rs writes pieces in any order, and rows that come in the order of time should stay so.
+        whole = rows.select([f.name for f in writer.schema().fields]).combine_chunks()
+        plain = [f.name for f in rows.schema if is_plain(f.type)]
         write_deltalake(
-            writer, rows.select([f.name for f in writer.schema().fields]), mode="append", commit_properties=properties
+            writer, whole, mode="append", commit_properties=properties, writer_properties=writer_properties(plain)
         )
     else:
         writer.create_write_transaction([], "append", writer.schema(), commit_properties=properties)

@@ -13,9 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raymill.actors.evaluate import Ints
+from raymill.actors.plain_pages import Bytes, is_plain, mapped, plain_offset, take_plain
 from raymill.runtime.errors import ContractError, StoreError
 
 BLOCK = 1 << 20
@@ -76,6 +79,10 @@ class Rows(_Columns):
         """Columns of a block."""
         return self.table(columns).slice(block.first, block.rows)
 
+    def take(self, block: Block, columns: Sequence[str], chosen: Ints) -> pa.Table:
+        """Some rows of a block, by their number in the whole."""
+        return self.read(block, columns).take(pa.array(chosen - block.first))
+
     def table(self, columns: Sequence[str]) -> pa.Table:
         """Columns of all rows."""
         self.check(columns)
@@ -83,10 +90,19 @@ class Rows(_Columns):
 
 
 class Parts(_Columns):
-    """Parquet files of one schema, in the order given."""
+    """Parquet files of one schema, in the order given, or that of a column."""
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, by: str | None = None) -> None:
+        """Files at these paths.
+
+        Args:
+            paths: local files.
+            by: column whose smallest value orders the row groups: the event time, if rows were written in its order.
+        """
+        self._by = by
         self._paths = [os.fspath(p) for p in paths]
+        self._mapped: dict[int, Bytes] = {}
+        self._places: dict[tuple[int, int, str], tuple[Bytes, int] | None] = {}
 
     def __len__(self) -> int:
         return sum(m.num_rows for m in self._metadata)
@@ -100,7 +116,11 @@ class Parts(_Columns):
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        return pa.unify_schemas([m.schema.to_arrow_schema() for m in self._metadata])
+        return pa.unify_schemas(self._schemas)
+
+    @cached_property
+    def _schemas(self) -> list[pa.Schema]:
+        return [m.schema.to_arrow_schema() for m in self._metadata]
 
     @property
     def column_names(self) -> list[str]:
@@ -109,15 +129,101 @@ class Parts(_Columns):
     def blocks(self) -> Iterator[Block]:
         """Row group by row group."""
         first = 0
-        for p, metadata in enumerate(self._metadata):
-            for g in range(metadata.num_row_groups):
-                rows = metadata.row_group(g).num_rows
-                yield Block(first, rows, (p, g))
-                first += rows
+        for p, g in self._order:
+            rows = self._metadata[p].row_group(g).num_rows
+            yield Block(first, rows, (p, g))
+            first += rows
+
+    @cached_property
+    def _order(self) -> list[tuple[int, int]]:
+        """Numbers of file and row group, in the order asked for as far as the files say."""
+        groups = [(p, g) for p, m in enumerate(self._metadata) for g in range(m.num_row_groups)]
+        least = {}
+        for p, g in groups if self._by is not None else []:
+            column = self._number(p).get(self._by or "")
+            statistics = None if column is None else self._metadata[p].row_group(g).column(column).statistics
+            if statistics is None or not statistics.has_min_max:
+                return groups
+            least[p, g] = statistics.min
+        return sorted(groups, key=least.__getitem__) if least else groups
 
     def read(self, block: Block, columns: Sequence[str]) -> pa.Table:
         """Columns of a row group; one that its file does not have is null."""
         self.check(columns)
+        found: dict[str, Any] = dict.fromkeys(columns)
+        for name in columns:
+            if (plain := self._plain(block, name)) is not None:
+                values = np.empty(block.rows, dtype=np.int64)
+                _copy(plain, values)
+                found[name] = _array(values, self._schema.field(name).type)
+        missing = [c for c in columns if found[c] is None]
+        if missing:
+            found |= dict(zip(missing, self._decoded(block, missing).columns, strict=True))
+        return pa.table(found)
+
+    def take(self, block: Block, columns: Sequence[str], chosen: Ints) -> pa.Table:
+        """Some rows of a row group, by their number in the whole."""
+        self.check(columns)
+        found: dict[str, Any] = dict.fromkeys(columns)
+        for name in columns:
+            if (plain := self._plain(block, name)) is not None:
+                values = np.empty(len(chosen), dtype=np.float64)
+                take_plain(*plain, chosen, block.first, values)
+                found[name] = _array(values, self._schema.field(name).type)
+        missing = [c for c in columns if found[c] is None]
+        if missing:
+            some = self._decoded(block, missing).take(pa.array(chosen - block.first))
+            found |= dict(zip(missing, some.columns, strict=True))
+        return pa.table(found)
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows; where all parts are plain, each is one piece."""
+        self.check(columns)
+        blocks = list(self.blocks())
+        whole: dict[str, Any] = {}
+        with ThreadPoolExecutor(threads()) as pool:
+            for name in dict.fromkeys(columns):
+                kind = self._schema.field(name).type
+                plain = [self._plain(b, name) for b in blocks]
+                if all(p is not None for p in plain) and blocks:
+                    values = np.empty(len(self), dtype=np.int64)
+                    places = [values[b.first : b.first + b.rows] for b in blocks]
+                    list(pool.map(_copy, plain, places))
+                    whole[name] = _array(values, kind)
+                else:
+                    read = pool.map(lambda b, n=name: self.read(b, [n]).column(0).cast(self._type(n)), blocks)
+                    whole[name] = pa.chunked_array([c for r in read for c in r.chunks], kind)
+        return pa.table(whole)
+
+    def _type(self, name: str) -> pa.DataType:
+        return self._schema.field(name).type
+
+    def _plain(self, block: Block, name: str) -> tuple[Bytes, int] | None:
+        """The file and the place in it where the column's values lie as they are."""
+        p, g = block.origin
+        if (p, g, name) not in self._places:
+            group = self._metadata[p].row_group(g)
+            kind = self._schema.field(name).type
+            column = self._number(p).get(name)
+            same = column is not None and self._schemas[p].field(name).type == kind
+            data = self._files(p)
+            offset = plain_offset(group.column(column), data) if is_plain(kind) and same else None
+            self._places[p, g, name] = None if offset is None else (data, offset)
+        return self._places[p, g, name]
+
+    def _number(self, part: int) -> dict[str, int]:
+        """Column chunks of a file by the name of a flat column."""
+        return {self._metadata[part].schema.column(i).path: i for i in range(self._metadata[part].num_columns)}
+
+    def _files(self, part: int) -> Bytes:
+        if part not in self._mapped:
+            try:
+                self._mapped[part] = mapped(self._paths[part])
+            except OSError as err:
+                raise StoreError(f"could not read stored part {self._paths[part]}: {err}") from err
+        return self._mapped[part]
+
+    def _decoded(self, block: Block, columns: Sequence[str]) -> pa.Table:
         p, g = block.origin
         try:
             with pq.ParquetFile(self._paths[p], metadata=self._metadata[p], memory_map=True) as file:
@@ -130,10 +236,12 @@ class Parts(_Columns):
                 found = found.append_column(name, pa.nulls(block.rows, self._schema.field(name).type))
         return found.select(list(columns))
 
-    def table(self, columns: Sequence[str]) -> pa.Table:
-        """Columns of all rows."""
-        self.check(columns)
-        wanted = pa.schema([self._schema.field(c) for c in columns]) if self._paths else pa.schema([])
-        with ThreadPoolExecutor(threads()) as pool:
-            read = list(pool.map(lambda b: self.read(b, columns), list(self.blocks())))
-        return pa.concat_tables([wanted.empty_table(), *(t.cast(wanted) for t in read)])
+
+def _copy(plain: tuple[Bytes, int], into: Ints) -> None:
+    data, start = plain
+    into.view(np.uint8)[:] = data[start : start + into.nbytes]
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    """An Arrow array over the same memory."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])

@@ -143,6 +143,8 @@ def _leaves(view: ViewPlan, events: _Events, asked: _Asked) -> Floats:
     """The view's leaves [rows, leaves]."""
     events.rows.check(view.columns)
     codes, row_codes, groups = events.codes(view, asked.rows)
+    if not groups:
+        return view.empty(len(asked.at))
     if (view.leaves[:, 0] == NEWEST).all():
         found = _found(events, codes, row_codes, groups, asked)
         if found is not None:
@@ -206,7 +208,7 @@ def _taken(view: ViewPlan, events: _Events, found: Ints, asked: _Asked) -> Float
         block, rows = blocks[part], ordered[starts[part] : starts[part + 1]]
         if not len(rows):
             return
-        chosen = events.rows.read(block, names).take(pa.array(found[rows] - block.first))
+        chosen = events.rows.take(block, names, found[rows])
         columns = columns_of(chosen, names, view.source.dtypes)
         for c, expr in enumerate(view.operands):
             for j in np.flatnonzero(view.leaves[:, 1] == c):
@@ -224,7 +226,7 @@ def _taken(view: ViewPlan, events: _Events, found: Ints, asked: _Asked) -> Float
 def _swept(view: ViewPlan, events: _Events, codes: Ints, row_codes: Ints, groups: int, asked: _Asked) -> Floats:
     """Windows and late arrivals: the events of the entities asked for, laid out by entity, swept."""
     out = view.empty(len(asked.at))
-    if not len(asked.at) or not groups:
+    if not len(asked.at):
         return out
     rows, row_starts = group(row_codes, groups, asked.order)
     wanted = np.diff(row_starts) > 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from raymill.actors import point_in_time
 from raymill.actors.entities import entity_codes
 from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.lake import Lake
 from raymill.actors.merge import densify
 from raymill.actors.parts import Parts
 from raymill.actors.point_in_time import join
@@ -130,3 +131,44 @@ def test_column_that_older_parts_lack_is_null_and_missing_files_are_named(tmp_pa
         both.table(["y"])
     with pytest.raises(StoreError, match="gone"):
         len(Parts([tmp_path / "gone"]))
+
+
+def test_what_the_lake_stores_is_read_in_place_in_the_order_of_time_and_nulls_are_decoded(tmp_path: Path) -> None:
+    lake = Lake(tmp_path)
+    rows = facts(random.Random(4), 3000, in_order=True)
+    for first in (2000, 0, 1000):  # batches that came out of order
+        lake.append("facts", rows.slice(first, 1000), batch_id=str(first))
+    stored = lake.parts("facts", by="t")
+    places = {n: [stored._plain(b, n) is not None for b in stored.blocks()] for n in rows.column_names}
+    assert places == {"id": [True] * 3, "t": [True] * 3, "k": [True] * 3, "who": [False] * 3, "x": [False] * 3}
+    assert stored.table(rows.column_names).equals(rows)
+    block = list(stored.blocks())[1]
+    chosen = np.array([1999, 1000, 1500, 1500])
+    assert stored.take(block, rows.column_names, chosen).equals(rows.take(pa.array(chosen)))
+    assert stored.read(block, ["x", "id"]).equals(rows.slice(1000, 1000).select(["x", "id"]))
+    asked = facts(random.Random(5), 300, in_order=False)
+    for plan in (NEWEST, WINDOWS):
+        online = join(asked, plan, {"facts": rows}, at="t")
+        assert join(asked, plan, {"facts": stored}, at="t").tobytes() == online.tobytes()
+
+
+def test_files_of_other_writers_are_never_taken_for_plain_ones(tmp_path: Path) -> None:
+    rows = pa.table({"a": np.arange(5000), "b": np.arange(5000) / 3})
+    ways: list[dict[str, Any]] = [
+        {},
+        {"compression": "none"},
+        {"compression": "zstd", "use_dictionary": False},
+        {"compression": "none", "use_dictionary": False, "data_page_size": 1024},
+        {"compression": "none", "use_dictionary": False, "data_page_version": "2.0"},
+        {"compression": "none", "use_dictionary": False, "column_encoding": "BYTE_STREAM_SPLIT"},
+        {"compression": "none", "use_dictionary": False, "write_statistics": False},
+    ]
+    for i, options in enumerate(ways):
+        pq.write_table(rows, tmp_path / str(i), **options)
+        stored = Parts([tmp_path / str(i)])
+        assert stored._plain(next(stored.blocks()), "a") is None, options
+        assert stored.table(["a", "b"]).equals(rows)
+    pq.write_table(rows, tmp_path / "plain", compression="none", use_dictionary=False)
+    stored = Parts([tmp_path / "plain"])
+    assert stored._plain(next(stored.blocks()), "b") is not None
+    assert stored.table(["a", "b"]).equals(rows)

@@ -1,0 +1,146 @@
+"""Values that lie in a Parquet file as they lie in memory, found without decoding.
+
+A column chunk that is not compressed, has no dictionary, no nulls and one page is 8-byte numbers in a row behind one
+page header. The lake writes numbers so (`PLAIN`): a valid Parquet file for every other reader, and for us a place in a
+mapped file. Anything else is left to the reader of all Parquet files.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from deltalake import ColumnProperties, WriterProperties
+from numba import float64, int64, njit, types, uint8, void
+
+from raymill.actors.evaluate import Floats, Ints
+
+Bytes = npt.NDArray[np.uint8]
+
+PAGE_ROWS = 1 << 20
+"""Rows of a row group; each column of it is one page."""
+
+_WIDTH = 8
+_PHYSICAL = ("INT64", "DOUBLE")
+_BYTES = types.Array(uint8, 1, "C", readonly=True)
+_INTS = types.Array(int64, 1, "C", readonly=True)
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether values of a type lie in a file as in memory: int64, float64, microseconds."""
+    return kind in (pa.int64(), pa.float64()) or (pa.types.is_timestamp(kind) and kind.unit == "us")
+
+
+def writer_properties(names: list[str]) -> WriterProperties:
+    """How the lake writes columns of these names (its numbers and moments) plain; others keep their dictionary."""
+    plain = ColumnProperties(dictionary_enabled=False)
+    return WriterProperties(
+        compression="UNCOMPRESSED",
+        data_page_size_limit=PAGE_ROWS * _WIDTH * 2,
+        data_page_row_count_limit=PAGE_ROWS,
+        max_row_group_size=PAGE_ROWS,
+        column_properties={name: plain for name in names} or None,
+    )
+
+
+def mapped(path: str) -> Bytes:
+    """The bytes of a file; they stay readable as long as the array lives, even if the file is removed."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return np.empty(0, dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+
+
+def plain_offset(chunk: Any, data: Bytes) -> int | None:
+    """Where the values of a column chunk begin in the file, None where they must be decoded.
+
+    Args:
+        chunk: pyarrow's metadata of the column chunk.
+        data: the file's bytes.
+    """
+    known = chunk.statistics is not None and chunk.statistics.has_null_count and chunk.statistics.null_count == 0
+    if not known or chunk.compression != "UNCOMPRESSED" or chunk.physical_type not in _PHYSICAL:
+        return None
+    if chunk.dictionary_page_offset is not None or chunk.num_values == 0:
+        return None
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    header, at = _Thrift(data[chunk.data_page_offset : end]).read()
+    page = header.get(5)  # a data page of the first version, the one that delta-rs and Arrow write
+    if header.get(1) != 0 or not isinstance(page, dict) or page.get(1) != chunk.num_values or page.get(2) != 0:
+        return None
+    start = end - _WIDTH * chunk.num_values
+    size = header.get(3)
+    if size is None or chunk.data_page_offset + at + size != end or start < chunk.data_page_offset + at:
+        return None
+    return start
+
+
+class _Thrift:
+    """A struct in Thrift's compact protocol, as far as page headers go."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data[:4096].tobytes()
+        self._at = 0
+
+    def read(self) -> tuple[dict[int, Any], int]:
+        """Field number → value, and how many bytes it took."""
+        return self._struct(), self._at
+
+    def _struct(self) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        number = 0
+        while (head := self._byte()) != 0:
+            number = number + (head >> 4) if head >> 4 else self._signed()
+            fields[number] = self._value(head & 15)
+        return fields
+
+    def _value(self, kind: int) -> Any:
+        if kind in (1, 2):
+            return kind == 1
+        if kind == 3:
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._signed()
+        if kind == 7:
+            self._at += 8
+            return None
+        if kind == 8:
+            length = self._varint()
+            self._at += length
+            return None
+        if kind == 12:
+            return self._struct()
+        raise ValueError(f"a page header with a field of Thrift type {kind}")
+
+    def _byte(self) -> int:
+        self._at += 1
+        return self._data[self._at - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    def _signed(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
+
+
+@njit(void(_BYTES, int64, _INTS, int64, float64[::1]), cache=True, nogil=True)
+def take_plain(data: Bytes, start: int, chosen: Ints, first: int, out: Floats) -> None:
+    """`out[i]` = the double (or the bits of the integer) number `chosen[i] − first` of the values at byte `start`."""
+    bits = out.view(np.uint64)
+    for i in range(len(chosen)):
+        at = start + 8 * (chosen[i] - first)
+        v = np.uint64(0)
+        for k in range(8):  # values in a file lie on no boundary; this becomes one load
+            v |= np.uint64(data[at + k]) << np.uint64(8 * k)
+        bits[i] = v

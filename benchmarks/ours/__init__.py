@@ -1,0 +1,1 @@
+"""Our side of the benchmarks whose sides are processes of their own."""
