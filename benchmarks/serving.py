@@ -1,0 +1,283 @@
+"""Claim: the endpoint is faster than model servers that do less: requests a second, latency, rows a second.
+
+The model: XGBoost, 200 trees of depth 6, 30 inputs; one replica or worker each, one thread, on the same cores as the
+load (wrk, one thread). Ours is Serve as `raymill up` sets it up, asked through its public port, with everything on
+(limits, books of Serve, request ids, prediction log on disk before each answer): a tensor of one row as JSON to
+`/v2/models/bench/infer`. The peers get the same 30 numbers as JSON and answer the same number: mosec at its own port
+(dynamic batching, orjson), FastAPI on uvicorn (no batching: one worker), Ray Serve as it comes (`@serve.batch`), and
+with HAProxy and throughput mode. All sides stay up, idle, while one is measured. `in_process`: the model called with
+64 rows in a loop by one thread. `--quick`: two repetitions of 2 s each, without 400 clients.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import orjson
+import psutil
+
+from benchmarks import harness
+from benchmarks.harness import Figures, Outcome, compare, peer_environment, peer_python
+from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.rollout import ModelSpec, Role, Route
+from raymill.cluster.environment import haproxy_files, serve_environment
+from raymill.cluster.ports import choose
+from raymill.runtime.home import Home
+
+WIDTH = 30
+TOKEN = "a-token-of-this-benchmark-alone-0123456789"
+FAST_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+_DURATION_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+def trained(path: Path) -> None:
+    """The model all sides serve."""
+    import xgboost
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(5000, WIDTH)).astype(np.float32)
+    y = x[:, 0] * x[:, 1] + x[:, 2] + random.normal(size=5000) > 0
+    settings = {"objective": "binary:logistic", "max_depth": 6, "nthread": 2, "seed": 0}
+    xgboost.train(settings, xgboost.DMatrix(x, y), 200).save_model(path)
+
+
+def wrk(url: str, body: Path, headers: Mapping[str, str], *, clients: int, seconds: float) -> Figures:
+    """Closed loop of so many clients; requests a second, p50 and p99 in ms. Every answer must be 200."""
+    script = body.with_suffix(".lua")
+    lines = [f'wrk.headers["{k}"] = "{v}"' for k, v in headers.items()]
+    lines += ['wrk.method = "POST"', f'local f = io.open("{body}", "rb")', 'wrk.body = f:read("*a")', "f:close()"]
+    script.write_text("\n".join(lines))
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds:.0f}s",
+        "--timeout",
+        "10s",
+        "--latency",
+        "-s",
+        str(script),
+        url,
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in said or "Socket errors" in said:
+        raise RuntimeError(f"{url} did not answer every request of {clients} clients:\n{said}")
+    percentiles = {
+        q: float(v) * _DURATION_S[u] * 1e3 for q, v, u in re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s|m)", said)
+    }
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
+    assert rate is not None
+    return {"rps": float(rate[1]), "p50_ms": percentiles["50"], "p99_ms": percentiles["99"]}
+
+
+def measured(url: str, body: Path, clients: tuple[int, ...], seconds: float) -> Figures:
+    """One side in one repetition: one row, JSON, for each number of clients."""
+    found: Figures = {}
+    for c in clients:
+        wrk(url, body, {"Content-Type": "application/json"}, clients=c, seconds=1)  # warm
+        figures = wrk(url, body, {"Content-Type": "application/json"}, clients=c, seconds=seconds)
+        found |= {f"{name}_c{c}": value for name, value in figures.items()}
+    return found
+
+
+def ours(url: str, folder: Path, clients: tuple[int, ...], seconds: float) -> Figures:
+    """Ours: one row as JSON, and 64 rows as JSON and binary by 8 clients."""
+    at = f"{url}/v2/models/bench/infer"
+    found = measured(at, folder / "row.json", clients, seconds)
+    head = (folder / "rows64.bin").read_bytes().index(b"}]}") + 3
+    for name, body, headers in (
+        ("json", folder / "rows64.json", {"Content-Type": "application/json"}),
+        ("binary", folder / "rows64.bin", {"Inference-Header-Content-Length": str(head)}),
+    ):
+        wrk(at, body, headers, clients=8, seconds=1)
+        figures = wrk(at, body, headers, clients=8, seconds=seconds)
+        found |= {f"rows64_{name}_rows_per_s": 64 * figures["rps"], f"rows64_{name}_p99_ms": figures["p99_ms"]}
+    return found
+
+
+def in_process(model: Path, seconds: float) -> Figures:
+    """The limit: 64 rows a call, one thread."""
+    from raymill.actors.trees import load_trees
+
+    predict = load_trees(model.read_bytes())
+    x = np.random.default_rng(1).normal(size=(64, WIDTH)).astype(np.float32)
+    calls = harness.best_of(lambda: predict(x), seconds=seconds)
+    return {"rows64_rows_per_s": 64 / calls["mean_s"], "rows64_p50_us": calls["p50_s"] * 1e6}
+
+
+def write_bodies(folder: Path) -> None:
+    """What is sent."""
+    x = np.round(np.random.default_rng(2).normal(size=(64, WIDTH)), 4).astype(np.float32)
+
+    def tensor(rows: int, **more: object) -> dict[str, object]:
+        return {"name": "features", "shape": [rows, WIDTH], "datatype": "FP32", **more}
+
+    numbers = x.astype(float).round(4).tolist()
+    (folder / "row.json").write_bytes(orjson.dumps({"inputs": [tensor(1, data=numbers[0])]}))
+    (folder / "peer.json").write_bytes(orjson.dumps({"data": numbers[0]}))
+    (folder / "rows64.json").write_bytes(orjson.dumps({"inputs": [tensor(64, data=numbers)]}))
+    parameters = {"parameters": {"binary_data_size": x.nbytes}}
+    outputs = [{"name": "p", "parameters": {"binary_data": True}}]
+    head = orjson.dumps({"outputs": outputs, "inputs": [tensor(64, **parameters)]})
+    (folder / "rows64.bin").write_bytes(head + x.tobytes())
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def process(command: list[str], environment: Mapping[str, str], mark: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process; at the end its stdin closes, and what is still there of it, known by `mark`, is killed."""
+    log = open(mark / "log.txt", "a")  # noqa: SIM115
+    started = subprocess.Popen(
+        command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=mark
+    )
+    try:
+        yield started
+    finally:
+        family = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
+        assert started.stdin is not None
+        started.stdin.close()
+        try:
+            started.wait(40 if "serving_host" in " ".join(command) or "/serve/" in " ".join(command) else 0.2)
+        except subprocess.TimeoutExpired:
+            started.terminate()
+        marked = [p for p in psutil.process_iter(["cmdline"]) if str(mark) in " ".join(p.info["cmdline"] or [])]
+        for left in {*family, *marked}:
+            if left.is_running() and left.pid != os.getpid():
+                left.kill()
+        started.kill()
+        started.wait()
+        log.close()
+
+
+def wait_for(url: str, body: bytes, mark: Path, *, seconds: float = 90) -> None:
+    """Until a request is answered with 200."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.post(url, content=body, headers={"content-type": "application/json"}).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"{url} did not come up:\n{(mark / 'log.txt').read_text()[-2000:]}")
+
+
+@contextmanager
+def peer(name: str, folder: Path, *extra: str, **variables: str) -> Iterator[str]:
+    """A peer's server; its URL."""
+    mark = Path(tempfile.mkdtemp(prefix="rmp"))
+    port = free_port()
+    server = harness.PEERS / name / "server.py"
+    command = [str(peer_python(name)), str(server), str(port), str(folder / "model.ubj"), *extra]
+    environment = peer_environment(HOME=str(mark), RAY_TMPDIR=str(mark), RAY_USAGE_STATS_ENABLED="0", **variables)
+    url = f"http://127.0.0.1:{port}" + ("/" if name == "serve" else "/inference" if name == "mosec" else "/predict")
+    try:
+        with process(command, environment, mark):
+            wait_for(url, (folder / "peer.json").read_bytes(), mark)
+            yield url
+    finally:
+        shutil.rmtree(mark, ignore_errors=True)
+
+
+@contextmanager
+def endpoint(folder: Path) -> Iterator[str]:
+    """Ours, on a cluster of its own; the public URL."""
+    root = Path(tempfile.mkdtemp(prefix="rmb"))  # short: HAProxy's socket paths end at 107 characters
+    ports, home = choose("auto"), Home(root / "home")
+    environment = {
+        **peer_environment(HOME=str(root), PYTHONPATH=str(Path(__file__).parents[1])),
+        **serve_environment(ports),
+        **haproxy_files(root),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(root / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    (root / "token").write_text(TOKEN)
+    host = Path(__file__).with_name("serving_host.py")
+    command = [sys.executable, str(host), str(home.root), str(ports.dashboard), str(folder / "model.ubj")]
+    try:
+        with process(command, environment, root) as started:
+            assert started.stdout is not None
+            digest = json.loads(started.stdout.readline())["digest"]
+            found = Endpoint(
+                f"http://127.0.0.1:{ports.dashboard}",
+                home,
+                url=f"http://127.0.0.1:{ports.serve}",
+                headers=lambda: {"Authorization": f"Bearer {TOKEN}"},
+            )
+            inputs = tuple(f"f{i}" for i in range(WIDTH))
+            route = Route(version=1, digest=digest, role=Role.LIVE)
+            found.deploy([ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))], Placement())
+            wait_for(f"{found.url}/v2/models/bench/infer", (folder / "row.json").read_bytes(), root)
+            yield found.url
+            state = httpx.get(f"{found.url}/raymill/replica").json()["fast_lane"]
+            if not state["open"]:
+                raise RuntimeError(f"the fast lane was shut: {state['reason']}")
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def body(quick: bool) -> Outcome:
+    """Measure."""
+    if shutil.which("wrk") is None:
+        raise harness.NotInstalled("wrk is not installed: run `make bench-peers`")
+    clients, seconds, repetitions = ((1, 100), 2.0, 2) if quick else ((1, 100, 400), 5.0, harness.REPETITIONS)
+    with ExitStack() as up:
+        folder = Path(up.enter_context(tempfile.TemporaryDirectory(prefix="rmbodies")))
+        write_bodies(folder)
+        trained(folder / "model.ubj")
+        row = folder / "peer.json"
+        urls = {
+            "mosec": up.enter_context(peer("mosec", folder)),
+            "fastapi": up.enter_context(peer("fastapi", folder)),
+            "serve_default": up.enter_context(peer("serve", folder)),
+            "serve_fast": up.enter_context(peer("serve", folder, **FAST_MODE, **_fast_ports())),
+        }
+        sides = {"ours": partial(ours, up.enter_context(endpoint(folder)), folder, clients, seconds)}
+        sides |= {name: partial(measured, url, row, clients, seconds) for name, url in urls.items()}
+        sides["in_process"] = partial(in_process, folder / "model.ubj", seconds)
+        found = harness.alternate(sides, repetitions)
+    outcome = Outcome(found.figures("ours"), {name: found.figures(name) for name in sides if name != "ours"})
+    outcome.repetitions = repetitions
+    outcome.spread["ours"] = found.spread("ours")
+    for theirs in ("mosec", "serve_default", "serve_fast", "fastapi"):
+        compare(outcome, f"rps_c100_vs_{theirs}", found.ratios("rps_c100", "ours", theirs))
+    for theirs in ("fastapi", "serve_default", "mosec"):
+        ratios = found.ratios("p50_ms_c1", "ours", theirs, smaller_is_better=True)
+        compare(outcome, f"p50_c1_vs_{theirs}", ratios)
+    binary = found.ratios("rows64_binary_rows_per_s", "ours", "in_process", their_figure="rows64_rows_per_s")
+    compare(outcome, "rows64_vs_in_process", binary)
+    outcome.notes = {"seconds_each": seconds, "left_out": "gRPC: the endpoint does not speak it"}
+    return outcome
+
+
+def _fast_ports() -> dict[str, str]:
+    """Ports and files of a second HAProxy on this host."""
+    ports = choose("auto")
+    folder = Path(tempfile.mkdtemp(prefix="rmh"))
+    kept = ("PORT", "DRAINING")
+    return {k: v for k, v in serve_environment(ports).items() if any(w in k for w in kept)} | haproxy_files(folder)
+
+
+if __name__ == "__main__":
+    harness.main("serving", body)
