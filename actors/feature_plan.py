@@ -33,7 +33,7 @@ from raymill.runtime.expressions import (
 )
 from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Number of the record's layout: another one is another place in the online store."""
 _STEP = 1 << 13
 """Rows whose vectors are put together at once."""
@@ -119,6 +119,13 @@ class ViewPlan:
         bounded = self.leaves[:, 2] + newest  # max age is inclusive
         kept = int(bounded.max(initial=0))
         return -1 - kept if bool((newest & (self.leaves[:, 2] < 0)).any()) else kept
+
+    @cached_property
+    def newest_leaves(self) -> Ints | None:
+        """The leaf of each feature, if all of them are newest values; None: there are windows."""
+        leaves = [int(e.name) for e in self._lowered.finish if isinstance(e, Column)]
+        whole = len(leaves) == len(self.features) and bool((self.leaves[:, 0] == NEWEST).all())
+        return np.array(leaves, dtype=np.int64) if whole else None
 
     @cached_property
     def digest(self) -> str:

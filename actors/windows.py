@@ -37,6 +37,9 @@ NEWEST, COUNT, SUM, MEAN, MIN, MAX, LAST = range(7)
 KINDS = {"newest": NEWEST, "count": COUNT, "sum": SUM, "mean": MEAN, "min": MIN, "max": MAX, "last": LAST}
 
 _READ = types.Array(int64, 1, "C", readonly=True)
+TIME = 7
+"""Not a feature's: the event time of the newest known event, from the same sweep."""
+
 FIXED = float(2**20)
 LARGEST = float(2**42)
 _HALF = np.int64(2**32)
@@ -225,7 +228,7 @@ def sweep(buffer: Ints, starts: Ints, rows: Ints, row_starts: Ints, at: Ints, pl
             kind = plan[j, 0]
             begin = first + (4 + plan[j, 1]) * n
             values = floats[begin : begin + n]
-            if kind in (NEWEST, LAST):
+            if kind in (NEWEST, LAST, TIME):
                 _newest(time, known, order, values, kind, plan[j, 2], mine, at, out[:, j])
             elif kind in (MIN, MAX):
                 _extreme(time, known, order, values, kind, plan[j, 2], mine, at, out[:, j])
@@ -246,13 +249,15 @@ def _newest(
             i = order[added]
             if max(time[i], known[i]) > t:
                 break
-            if i > best and (kind == NEWEST or values[i] == values[i]):
+            if i > best and (kind != LAST or values[i] == values[i]):
                 best = i
             added += 1
         if best < 0:
             out[row] = np.nan
         elif kind == NEWEST:
             out[row] = values[best] if width < 0 or t - time[best] <= width else np.nan
+        elif kind == TIME:
+            out[row] = time[best]
         else:
             out[row] = values[best] if time[best] > t - width else np.nan
 

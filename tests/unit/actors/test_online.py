@@ -287,3 +287,58 @@ def assert_holds(ask: OnlineReader, facts: list[dict[str, Any]], done: int) -> N
     at = np.full(20, facts[done - 1]["left"] - 1, dtype=np.int64)
     known = table([f for f in facts if f["left"] <= at[0]])
     assert ask.vectors(asked, at).tobytes() == join(asked, PLAN, {"rides": known}, at=at).tobytes()
+
+
+NEWEST_VIEWS = [
+    FeatureView("stop", RIDES, entity="stop", max_age="25m", features={"twice": DELAY * 2, "delay": DELAY}),
+    FeatureView("both", RIDES, entity=["line", "stop"], features={"late": DELAY > 3, "delay": DELAY}),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**40))
+def test_packed_newest_values_equal_the_join_at_every_moment(seed: int, tmp_path_factory: Any) -> None:
+    dice = random.Random(seed)
+    plan = FeaturePlan.of_views(NEWEST_VIEWS, RIDES)
+    opened = OnlineStore(tmp_path_factory.mktemp("online"), plan, keep="2h")
+    facts = rides(dice, 80)
+    shuffled = list(facts)
+    dice.shuffle(shuffled)
+    for i in range(0, 80, 27):
+        opened.ingest("rides", table(shuffled[i : i + 27]))
+    ask = OnlineReader(opened._path, plan)
+    end = facts[-1]["left"]
+    for at in (end - 60 * MINUTE, end, end + 10 * MINUTE, end + 24 * 60 * MINUTE):
+        asked = table(rides(dice, 25))
+        moments_ = np.full(25, at)
+        offline = join(asked, plan, {"rides": table(facts)}, at=moments_)
+        assert ask.vectors(asked, moments_).tobytes() == offline.tobytes()
+        stops = asked.column("stop").to_pylist()
+        pairs = list(zip(asked.column("line").to_pylist(), stops, strict=True))
+        values, ages = ask.latest("stop", stops, at)
+        assert values.tobytes() == np.ascontiguousarray(offline[:, :2]).tobytes()
+        both, _ = ask.latest("both", pairs, at)
+        assert both.tobytes() == np.ascontiguousarray(offline[:, 2:]).tobytes()
+        for stop, age in zip(stops, ages.tolist(), strict=True):
+            known = [f["left"] for f in facts if f["stop"] == stop and (f["arrived"] or at + 1) <= at >= f["left"]]
+            assert age == (at - max(known) if known else -1)
+    ask.close()
+    opened.close()
+
+
+def test_latest_values_tell_what_they_do_not_know_and_refuse_what_they_can_not(store: OnlineStore) -> None:
+    plan = FeaturePlan.of_views([*NEWEST_VIEWS, VIEWS[0]], RIDES)
+    opened = OnlineStore(store._path, plan, keep="2h")
+    opened.ingest("rides", table(rides(random.Random(2), 2000)))
+    ask = OnlineReader(store._path, plan)
+    values, ages = ask.latest("stop", [0, 99, None], 10**15)
+    assert np.isnan(values).all()
+    assert ages[0] > 0
+    assert ages[1:].tolist() == [-1, -1]
+    assert ask.latest("both", [], 10**15)[0].shape == (0, 2)
+    with pytest.raises(RequestError, match="'line' is no view of newest values"):
+        ask.latest("line", ["a"], 10**15)
+    with pytest.raises(RequestError, match="before"):
+        ask.latest("stop", [0], 0)
+    ask.close()
+    opened.close()

@@ -1,0 +1,193 @@
+"""The online store's readers: vectors for rows, and newest values in microseconds, while another process writes.
+
+What the store holds is said in `online.py`, what a vector means in `windows.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymill.actors.entities import entity_column
+from raymill.actors.environment import as_store_error, open_environment, release
+from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
+from raymill.actors.feature_plan import FeaturePlan, ViewPlan
+from raymill.actors.newest import NewestReader, as_leaves
+from raymill.actors.online_records import entity_key, joined, newest_key, progress_of, record_key
+from raymill.actors.windows import NEVER, TIME, group, sweep, warm
+from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
+
+
+class OnlineReader:
+    """Vectors for rows at their moments; works in any process of the host while another one writes."""
+
+    def __init__(self, path: str | Path, plan: FeaturePlan) -> None:
+        self._path = Path(path) / plan.pipeline
+        self._plan = plan
+        self._opened: lmdb.Environment | None = None
+        self._newest: dict[str, NewestReader] = {}
+        self._lock = threading.Lock()
+
+    def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
+        """Feature vectors of request rows, the same bit for bit as `point_in_time.join` gives.
+
+        Args:
+            rows: with the plan's `request_columns`.
+            at: moment of each row, int64 µs UTC.
+
+        Returns:
+            float32 [rows, features], NaN for unknown.
+
+        Raises:
+            ContractError: a column is missing or has another type than declared.
+            RequestError: a moment is older than what the store keeps.
+            UnknownEntity: a view marked `required` has never seen a row's entity.
+            Unavailable: the store, or a view of this plan in it, was not filled yet.
+        """
+        at = np.ascontiguousarray(at, dtype=np.int64)
+        if len(at) != len(rows):
+            raise RequestError(f"{len(at)} moments for {len(rows)} rows: give one each")
+        request = columns_of(rows, self._plan.request_view_columns, self._plan.row.dtypes)
+        by_moment = np.argsort(at, kind="stable")
+        keys: dict[tuple[str, str], list[Any]] = {}
+        leaves: dict[str, Floats] = {}
+        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
+            for view in self._plan.event_views:
+                for c in view.entity:
+                    kind = view.source.dtypes[c]
+                    if (c, kind) not in keys:
+                        keys[c, kind] = entity_column(rows, c, kind).to_pylist()
+                columns = [keys[c, view.source.dtypes[c]] for c in view.entity]
+                leaves[view.name] = _leaves(txn, view, list(zip(*columns, strict=True)), at, by_moment)
+        return self._plan.assemble(request, leaves, len(rows))
+
+    def latest(self, view: str, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
+        """Features of a view without windows at one moment, by the shortest way: microseconds for one key.
+
+        Args:
+            view: its name.
+            keys: entities: values of the key's column, tuples of values where it has several; a null matches nothing.
+            at: the moment, µs UTC.
+
+        Returns:
+            float32 [keys, features of the view], NaN for unknown, and int64 [keys], the µs that passed since the event
+            that they are from, −1 where there is none.
+
+        Raises:
+            RequestError: there is no such view, it has windows, or the moment is older than what the store keeps.
+            Unavailable: the store, or the view in it, was not filled yet.
+        """
+        reader = self._newest.get(view) or self._newest_of(view)
+        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
+            _check_moments(txn, reader.view, at)
+            if reader.integer and keys and type(keys[0]) is int and None not in keys:
+                records = reader.of_integers(txn.get, keys)
+            else:
+                names = [k if isinstance(k, tuple) else (k,) for k in keys]
+                records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in names])
+            if (records["whole_from"] > at).any():
+                return _latest_of_events(txn, reader, [k if isinstance(k, tuple) else (k,) for k in keys], at)
+        time = records["time"]
+        return reader.features_of(reader.values(records, at)), np.where(time == NEVER, -1, at - time)
+
+    def _newest_of(self, name: str) -> NewestReader:
+        views = {v.name: v for v in self._plan.event_views}
+        if name not in views or views[name].newest_leaves is None:
+            fit = [v.name for v in views.values() if v.newest_leaves is not None]
+            raise RequestError(f"{name!r} is no view of newest values alone; those are {fit}: ask for vectors")
+        self._newest[name] = NewestReader(views[name], newest_key(views[name], b""))
+        return self._newest[name]
+
+    def close(self) -> None:
+        """Close it in this process, unless somebody else here still has it open."""
+        with self._lock:
+            if self._opened is not None:
+                release(self._path)
+                self._opened = None
+
+    def _environment(self) -> lmdb.Environment:
+        if self._opened is None:
+            with self._lock:
+                if self._opened is None:
+                    if not (self._path / "data.mdb").exists():
+                        raise Unavailable(f"online store {self._path} is not filled yet: ingest rows first")
+                    warm()
+                    self._opened = open_environment(self._path)
+        return self._opened
+
+
+def _leaves(txn: Any, view: ViewPlan, keys: list[tuple[Any, ...]], at: Ints, by_moment: Ints) -> Floats:
+    """The view's leaves [rows, leaves] of rows with these entities."""
+    _check_moments(txn, view, int(at.min()) if len(at) else NEVER)
+    codes, distinct = _numbered(keys)
+    if view.newest_leaves is not None and distinct:
+        reader = NewestReader(view, newest_key(view, b""))
+        records = reader.of_keys(txn.get, [entity_key(key) for key in distinct])[codes]
+        if (records["whole_from"] <= at)[codes >= 0].all():
+            if view.required:
+                _refuse_unknown(view, keys, (codes < 0) | (records["time"] == NEVER))
+            leaves = as_leaves(reader.values(records, at))
+            leaves[codes < 0] = np.nan
+            return leaves
+    found = [txn.get(record_key(view, entity_key(key))) for key in distinct]
+    if view.required:
+        _refuse_unknown(view, keys, np.array([c < 0 or found[c] is None for c in codes], dtype=np.bool_))
+    out = view.empty(len(keys))
+    _sweep(found, codes, at, by_moment, view.leaves, out)
+    return out
+
+
+def _numbered(keys: Sequence[tuple[Any, ...]]) -> tuple[Ints, list[tuple[Any, ...]]]:
+    """The number of each key, −1 where a part of it is null, and the keys in the order of their numbers."""
+    codes = np.full(len(keys), -1, dtype=np.int64)
+    number: dict[tuple[Any, ...], int] = {}
+    for i, key in enumerate(keys):
+        if None not in key:
+            codes[i] = number.setdefault(key, len(number))
+    return codes, list(number)
+
+
+def _sweep(records: Sequence[Any], codes: Ints, at: Ints, by_moment: Ints, plan: Ints, out: Floats) -> None:
+    buffer, starts = joined(records)
+    order, row_starts = group(codes, len(records), by_moment)
+    sweep(buffer, starts, order, row_starts, at, plan, out)
+
+
+def _latest_of_events(
+    txn: Any, reader: NewestReader, keys: list[tuple[Any, ...]], at: int
+) -> tuple[npt.NDArray[np.float32], Ints]:
+    """`OnlineReader.latest` where an event is in the store that was not known yet."""
+    view = reader.view
+    codes, distinct = _numbered(keys)
+    found = [txn.get(record_key(view, entity_key(key))) for key in distinct]
+    plan = np.concatenate([view.leaves, np.array([[TIME, 0, -1]], dtype=np.int64)])
+    out = np.full((len(keys), len(plan)), np.nan)
+    _sweep(found, codes, np.full(len(keys), at, dtype=np.int64), np.arange(len(keys)), plan, out)
+    time = out[:, -1]
+    ages = np.where(np.isnan(time), -1, at - np.nan_to_num(time)).astype(np.int64)
+    return reader.features_of(to_float32(out[:, :-1])), ages
+
+
+def _check_moments(txn: Any, view: ViewPlan, earliest: int) -> None:
+    progress = progress_of(txn, view)
+    if progress is None:
+        raise Unavailable(f"view {view.name!r} of this plan is not in the online store yet: rebuild the features")
+    if earliest < progress.floor:
+        raise RequestError(
+            f"view {view.name!r}: moment {np.datetime64(earliest, 'us')}Z is before "
+            f"{np.datetime64(progress.floor, 'us')}Z, the earliest that the online store keeps events for: "
+            f"ask for a later moment, or the point-in-time join"
+        )
+
+
+def _refuse_unknown(view: ViewPlan, keys: list[tuple[Any, ...]], unknown: npt.NDArray[np.bool_]) -> None:
+    for i in np.flatnonzero(unknown)[:1].tolist():
+        told = ", ".join(f"{c}={v!r}" for c, v in zip(view.entity, keys[i], strict=True))
+        raise UnknownEntity(f"row {i}: {told} was never seen by view {view.name!r}, which requires it")
