@@ -25,7 +25,12 @@ def as_store_error(path: Path) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as err:
-        raise StoreError(f"online store {path}: {err}; delete the folder and rebuild it from the lake") from err
+        raise store_error(path, err) from err
+
+
+def store_error(path: Path, err: lmdb.Error) -> StoreError:
+    """One of LMDB's errors as ours."""
+    return StoreError(f"online store {path}: {err}; delete the folder and rebuild it from the lake")
 
 
 _environments: dict[Path, tuple[lmdb.Environment, int]] = {}

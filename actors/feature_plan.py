@@ -134,6 +134,11 @@ class ViewPlan:
         operands = [e.to_json() for e in self.operands]
         return digest(_LAYOUT, self.name, source, self.entity, operands, self.kept_us)
 
+    @cached_property
+    def progress_name(self) -> bytes:
+        """Name of its progress in the online store."""
+        return b"p" + self.digest.encode()
+
     def empty(self, rows: int) -> Floats:
         """Leaves of rows whose entity has no events: 0 for counts and sums, else NaN."""
         out = np.empty((rows, len(self.leaves)), dtype=np.float64)

@@ -56,7 +56,6 @@ class NewestReader:
     def __init__(self, view: ViewPlan, prefix: bytes) -> None:
         self.view = view
         self._type = layout(len(view.leaves))
-        self._size = self._type.itemsize
         self._age_us = -1 if view.max_age_us is None else view.max_age_us
         self.integer = len(view.entity) == 1 and view.source.dtypes[view.entity[0]] != "string"
         """Whether `of_integers` may be asked."""
@@ -70,13 +69,23 @@ class NewestReader:
 
     def of_integers(self, get: Callable[..., Any], keys: Sequence[int]) -> npt.NDArray[Any]:
         """Records of entities with one integer column as key, event time NEVER for one that has none."""
-        key, size, nothing = self._integer, self._size, self._nothing
-        return np.frombuffer(b"".join([get(key % k, nothing)[:size] for k in keys]), dtype=self._type)
+        key, nothing = self._integer, self._nothing
+        return np.frombuffer(b"".join([get(key % k, nothing) for k in keys]), dtype=self._type)
+
+    def of_one_integer(self, get: Callable[..., Any], key: int, at: int) -> tuple[npt.NDArray[np.float32], Ints] | None:
+        """Leaves [1, leaves] and age of one entity; None: not all of its events are known at the moment."""
+        record = get(self._integer % key, self._nothing)
+        whole_from, time = _HEAD.unpack_from(record)
+        if whole_from > at:
+            return None
+        age = -1 if time == NEVER else at - time
+        leaves = np.frombuffer(self._nothing if 0 <= self._age_us < age else record, dtype=np.float32, offset=16)
+        return leaves[None], np.array((age,))
 
     def of_keys(self, get: Callable[..., Any], keys: Sequence[bytes]) -> npt.NDArray[Any]:
         """Records of entities by their names in the store."""
-        prefix, size, nothing = self._prefix, self._size, self._nothing
-        return np.frombuffer(b"".join([get(prefix + k, nothing)[:size] for k in keys]), dtype=self._type)
+        prefix, nothing = self._prefix, self._nothing
+        return np.frombuffer(b"".join([get(prefix + k, nothing) for k in keys]), dtype=self._type)
 
     def values(self, records: npt.NDArray[Any], at: Ints | int) -> npt.NDArray[np.float32]:
         """The leaves [entities, leaves] at moments ≥ `whole_from`."""

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.entities import entity_column
-from raymill.actors.environment import as_store_error, open_environment, release
+from raymill.actors.environment import as_store_error, open_environment, release, store_error
 from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import NewestReader, as_leaves
-from raymill.actors.online_records import entity_key, joined, newest_key, progress_of, record_key
+from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key
 from raymill.actors.windows import NEVER, TIME, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 
@@ -85,17 +85,12 @@ class OnlineReader:
             Unavailable: the store, or the view in it, was not filled yet.
         """
         reader = self._newest.get(view) or self._newest_of(view)
-        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
-            _check_moments(txn, reader.view, at)
-            if reader.integer and keys and type(keys[0]) is int and None not in keys:
-                records = reader.of_integers(txn.get, keys)
-            else:
-                names = [k if isinstance(k, tuple) else (k,) for k in keys]
-                records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in names])
-            if (records["whole_from"] > at).any():
-                return _latest_of_events(txn, reader, [k if isinstance(k, tuple) else (k,) for k in keys], at)
-        time = records["time"]
-        return reader.features_of(reader.values(records, at)), np.where(time == NEVER, -1, at - time)
+        env = self._opened or self._environment()
+        try:
+            with env.begin() as txn:
+                return _latest(txn, reader, keys, at)
+        except lmdb.Error as err:
+            raise store_error(self._path, err) from err
 
     def _newest_of(self, name: str) -> NewestReader:
         views = {v.name: v for v in self._plan.event_views}
@@ -160,6 +155,22 @@ def _sweep(records: Sequence[Any], codes: Ints, at: Ints, by_moment: Ints, plan:
     sweep(buffer, starts, order, row_starts, at, plan, out)
 
 
+def _latest(txn: Any, reader: NewestReader, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
+    _check_moments(txn, reader.view, at)
+    if reader.integer and len(keys) and type(keys[0]) is int and None not in keys:
+        if len(keys) == 1:
+            one = reader.of_one_integer(txn.get, keys[0], at)
+            return (reader.features_of(one[0]), one[1]) if one else _latest_of_events(txn, reader, [(keys[0],)], at)
+        records = reader.of_integers(txn.get, keys)
+    else:
+        names = [k if isinstance(k, tuple) else (k,) for k in keys]
+        records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in names])
+    if (records["whole_from"] > at).any():
+        return _latest_of_events(txn, reader, [k if isinstance(k, tuple) else (k,) for k in keys], at)
+    time = records["time"]
+    return reader.features_of(reader.values(records, at)), np.where(time == NEVER, -1, at - time)
+
+
 def _latest_of_events(
     txn: Any, reader: NewestReader, keys: list[tuple[Any, ...]], at: int
 ) -> tuple[npt.NDArray[np.float32], Ints]:
@@ -176,13 +187,13 @@ def _latest_of_events(
 
 
 def _check_moments(txn: Any, view: ViewPlan, earliest: int) -> None:
-    progress = progress_of(txn, view)
-    if progress is None:
+    floor = floor_of(txn, view)
+    if floor is None:
         raise Unavailable(f"view {view.name!r} of this plan is not in the online store yet: rebuild the features")
-    if earliest < progress.floor:
+    if earliest < floor:
         raise RequestError(
             f"view {view.name!r}: moment {np.datetime64(earliest, 'us')}Z is before "
-            f"{np.datetime64(progress.floor, 'us')}Z, the earliest that the online store keeps events for: "
+            f"{np.datetime64(floor, 'us')}Z, the earliest that the online store keeps events for: "
             f"ask for a later moment, or the point-in-time join"
         )
 

@@ -14,6 +14,7 @@ from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import ViewPlan
 from raymill.actors.windows import BEFORE_ALL
 
+_PROGRESS = struct.Struct("<qqq")
 _LONGEST_KEY = 400
 """Entity keys longer than this (LMDB takes 511 bytes) are stored under their hash."""
 
@@ -31,12 +32,12 @@ class Progress:
 
     def to_bytes(self) -> bytes:
         """Packed."""
-        return struct.pack("<qqq", self.newest, self.floor, self.lake_version)
+        return _PROGRESS.pack(self.newest, self.floor, self.lake_version)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Progress:
         """Unpacked."""
-        return cls(*struct.unpack("<qqq", data))
+        return cls(*_PROGRESS.unpack(data))
 
 
 def entity_key(values: tuple[Any, ...]) -> bytes:
@@ -64,7 +65,13 @@ def newest_key(view: ViewPlan, entity: bytes) -> bytes:
 
 def progress_key(view: ViewPlan) -> bytes:
     """Name of a view's progress."""
-    return b"p" + view.digest.encode()
+    return view.progress_name
+
+
+def floor_of(txn: Any, view: ViewPlan) -> int | None:
+    """Earliest moment of a view that can be answered, µs; None: it is not in the store."""
+    found = txn.get(progress_key(view))
+    return None if found is None else int(_PROGRESS.unpack(found)[1])
 
 
 def progress_of(txn: Any, view: ViewPlan) -> Progress | None:
