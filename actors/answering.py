@@ -90,7 +90,7 @@ def _read_infer(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Wri
     rows = len(infer.x)
     question = Question(
         ids=infer.ids,
-        at=np.full(rows, now_us, dtype=np.int64),
+        at=np.array([now_us]) if rows == 1 else np.full(rows, now_us, dtype=np.int64),
         keys=[None] * rows,
         texts=[None] * rows,
         x=infer.x,

@@ -78,6 +78,8 @@ class Fast:
         self.requests = 0
         self._accounts_of = accounts_of or (lambda app: NoAccounts())
         self._heads: dict[bytes, Head] = {}
+        self._beginnings: dict[tuple[int, str], bytes] = {}
+        self._default_headers: list[tuple[bytes, bytes]] = []
         self._prefix = os.urandom(10).hex()
         self._numbers = itertools.count(1)
 
@@ -100,6 +102,18 @@ class Fast:
                     self._heads.clear()
                 self._heads[block] = head
         return head
+
+    def beginning(self, status: int, content_type: str, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+        """A reply up to the length of its body."""
+        if default_headers is not self._default_headers:  # uvicorn makes a new list each second, with the date
+            self._default_headers = default_headers
+            self._beginnings.clear()
+        found = self._beginnings.get((status, content_type))
+        if found is None:
+            lines = [b"%b: %b\r\n" % header for header in default_headers]
+            lines.append(b"content-type: %b\r\ncontent-length: " % content_type.encode("latin-1"))
+            found = self._beginnings[status, content_type] = STATUS_LINE[status] + b"".join(lines)
+        return found
 
     def new_request_id(self) -> str:
         """A name for a request, in the form of a UUID."""
@@ -323,15 +337,12 @@ class FastLane(HttpToolsProtocol):
             self._resume_soon()
 
     def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> list[bytes]:
-        out = [STATUS_LINE[reply.status]]
-        for name, value in self.server_state.default_headers:
-            out += (name, b": ", value, b"\r\n")
-        head = f"content-type: {reply.content_type}\r\ncontent-length: {len(reply.body)}\r\n"
+        head = f"{len(reply.body)}\r\n"
         for key, text in reply.headers.items():
             head += f"{key}: {text}\r\n"
         head += f"x-request-id: {request_id}\r\n" + ("connection: close\r\n\r\n" if last else "\r\n")
-        out += (head.encode("latin-1"), reply.body)
-        return out
+        begin = self._fast.beginning(reply.status, reply.content_type, self.server_state.default_headers)
+        return [begin, head.encode("latin-1"), reply.body]
 
     def _count(self, due: _Due, status: int) -> None:
         if self._fast.accounts is not None:

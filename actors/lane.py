@@ -87,12 +87,12 @@ class Lane:
         self._go_on()
 
     def _timed(self, questions: list[Question], rows: int) -> Sequence[Answer | Exception]:
-        begun = time.perf_counter()
+        begun = time.thread_time()  # waiting for a core would be the same in a thread
         try:
             answers: Sequence[Answer | Exception] = self._ask(questions)
         except Exception as err:  # noqa: BLE001 - edge of the lane: it is every caller's answer, and the lane goes on
             answers = [err] * len(questions)
-        self.pace.note(rows, time.perf_counter() - begun)
+        self.pace.note(rows, time.thread_time() - begun)
         return answers
 
     def _deliver(self, batch: list[Ticket], answers: Sequence[Answer | Exception]) -> None:

@@ -7,8 +7,12 @@ raw little-endian data after it.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -24,6 +28,7 @@ from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
 PLATFORM = "raymill_torch_export"
 INPUT = "features"
 EXTENSIONS = ("binary_tensor_data",)
+_FEW = 512  # numbers that are turned into floats faster without numpy
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,7 @@ def _values(tensor: dict[str, Any], shape: tuple[int, int], raw: bytes) -> npt.N
     if size is None:
         if raw:
             raise RequestError(f"{len(raw)} bytes follow the JSON, but the input has no 'binary_data_size'")
-        x = _from_json(tensor.get("data"), shape)
+        return _from_json(tensor.get("data"), shape)
     else:
         if type(size) is not int or size != len(raw) or size != 4 * shape[0] * shape[1]:
             raise RequestError(
@@ -151,7 +156,10 @@ def _values(tensor: dict[str, Any], shape: tuple[int, int], raw: bytes) -> npt.N
             )
         if "data" in tensor:
             raise RequestError("the input has both 'data' and 'binary_data_size': send one of them")
-        x = np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32)
+        return _finite(np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32))
+
+
+def _finite(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if bool(np.isinf(x).any()):
         raise RequestError("the input holds values that are infinite as FP32: send finite ones, or NaN for unknown")
     return x
@@ -170,8 +178,16 @@ def _from_json(data: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         raise RequestError(f"'data' has {len(flat)} values, shape {list(shape)} takes {shape[0] * shape[1]}")
     if not set(map(type, flat)) <= {int, float}:
         raise RequestError("'data' must hold numbers only")
+    if len(flat) <= _FEW and math.isfinite(sum(flat)):
+        with suppress(OverflowError):  # a number too large for FP32: below it becomes infinite, and is told
+            return np.frombuffer(bytearray(_floats(len(flat)).pack(*flat)), dtype=np.float32).reshape(shape)
     with np.errstate(over="ignore"):
-        return np.array(flat, dtype=np.float64).astype(np.float32).reshape(shape)
+        return _finite(np.array(flat, dtype=np.float64).astype(np.float32).reshape(shape))
+
+
+@cache
+def _floats(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}f")  # the native form takes what is too large for infinite
 
 
 def _parameters(part: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and versions there are; a change of it alone is applied beside the running traff
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -151,6 +152,8 @@ class ServingReplica:
             except Exception as err:  # noqa: BLE001 - whatever breaks in uvicorn's or Serve's insides
                 found = f"{type(err).__name__}: {err}"
             self.fast.reason = found and f"its self-test failed: {found}"
+        gc.collect()
+        gc.freeze()  # what is here stays: no later collection goes through it, which would hold requests up
         if self.fast.reason:
             _log.warning("the fast lane is shut, Serve's own answers: %s", self.fast.reason)
         else:
