@@ -116,7 +116,9 @@ def test_killed_at_ten_random_moments_a_run_still_ends_as_if_nothing_had_been(pl
             process.wait(chance.uniform(5, 60))
             break
         host.kill_everything(process)
-    summary = host.finish(host.start(), timeout_s=600)
+    else:
+        process = host.start()
+    summary = host.finish(process, timeout_s=600)
     assert_whole(host, summary, days=39)
 
 
