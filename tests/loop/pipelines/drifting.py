@@ -1,7 +1,7 @@
 """A made-up shop: will an order be returned? What `SHIFT` says happens on 29 February.
 
 costly  what a heavy, expensive order means turns round: the model is wrong until it is trained anew
-free    a column that means nothing moves away: inputs drift, nothing gets worse
+free    a column that means nothing shrinks: inputs drift, nothing gets worse
 none    nothing
 
 `UNTIL` (a date) and `EPOCHS` make it shorter.
@@ -46,7 +46,7 @@ def orders() -> pa.Table:
     price, weight, noise = rng.normal(size=(3, len(day)))
     want = price * weight * np.where(turned & (SHIFT == "costly"), -1, 1)  # no straight line parts this
     returned = rng.random(len(day)) < 1 / (1 + np.exp(-4 * want))
-    noise += np.where(turned & (SHIFT == "free"), 5.0, 0.0)
+    noise *= np.where(turned & (SHIFT == "free"), 0.2, 1.0)  # within what the model knows: outside, it is not free
     at = pa.timestamp("us", "UTC")
     return pa.table(
         {
