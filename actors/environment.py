@@ -1,4 +1,4 @@
-"""LMDB environments, each open once in this process however many stores and readers use it.
+"""Where an online store is: LMDB environments, each open once in this process however many use it, or Redis.
 
 LMDB's locks break when a process opens the same folder twice.
 """
@@ -7,20 +7,53 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
+from raymill.actors.redis_store import RedisEnvironment, RedisTransaction
 from raymill.runtime.errors import StoreError
 
 _MAP_BYTES = 1 << 35
 """Address space set aside; the file is as large as what it holds."""
 
 
+Place = Path | str
+"""A folder, or the URL of a Redis server with the pipeline's name as fragment."""
+
+
+def place_of(path: str | Path, pipeline: str) -> Place:
+    """Where a pipeline's online store is: a folder below `path`, or a name on the server that it is the URL of."""
+    return f"{path}#{pipeline}" if isinstance(path, str) and "://" in path else Path(path) / pipeline
+
+
+def is_filled(place: Place) -> bool:
+    """Whether a writer was there."""
+    return (place / "data.mdb").exists() if isinstance(place, Path) else _redis(place).exists()
+
+
+def clear(txn: Any, prefix: bytes) -> None:
+    """Take all records away whose names begin so."""
+    if isinstance(txn, RedisTransaction):
+        txn.clear(prefix)
+        return
+    with txn.cursor() as cursor:
+        found = cursor.set_range(prefix)
+        while found and cursor.key().startswith(prefix):
+            found = cursor.delete()
+
+
+def fetch(txn: Any, names: Sequence[bytes]) -> None:
+    """Say what is read next: over a network it comes in one go, and of one state."""
+    if isinstance(txn, RedisTransaction):
+        txn.fetch(names)
+
+
 @contextmanager
-def as_store_error(path: Path) -> Iterator[None]:
+def as_store_error(path: Place) -> Iterator[None]:
     """LMDB's errors as ours."""
     try:
         yield
@@ -28,18 +61,21 @@ def as_store_error(path: Path) -> Iterator[None]:
         raise store_error(path, err) from err
 
 
-def store_error(path: Path, err: lmdb.Error) -> StoreError:
+def store_error(path: Place, err: lmdb.Error) -> StoreError:
     """One of LMDB's errors as ours."""
     return StoreError(f"online store {path}: {err}; delete the folder and rebuild it from the lake")
 
 
 _environments: dict[Path, tuple[lmdb.Environment, int]] = {}
 """What this process has open, and how often."""
+_servers: dict[str, RedisEnvironment] = {}
 _environments_lock = threading.Lock()
 
 
-def open_environment(path: Path) -> lmdb.Environment:
-    """The environment in a folder; give it back by `release`, as often as it was opened."""
+def open_environment(path: Place) -> Any:
+    """The environment at a place; give it back by `release`, as often as it was opened."""
+    if isinstance(path, str):
+        return _redis(path)
     real = path.resolve()
     with _environments_lock:
         env, users = _environments.get(real, (None, 0))
@@ -49,8 +85,19 @@ def open_environment(path: Path) -> lmdb.Environment:
         return env
 
 
-def release(path: Path) -> None:
+def _redis(place: str) -> RedisEnvironment:
+    """The server's connections, shared by all who use it here; they close with the process."""
+    with _environments_lock:
+        if place not in _servers:
+            url, _, name = place.rpartition("#")
+            _servers[place] = RedisEnvironment(url, name)
+        return _servers[place]
+
+
+def release(path: Place) -> None:
     """Give one use of the environment back; the last one closes it."""
+    if isinstance(path, str):
+        return
     real = path.resolve()
     with _environments_lock:
         env, users = _environments[real]

@@ -1,4 +1,4 @@
-"""The online store: the events of every entity in LMDB, from which a vector is computed for any moment asked.
+"""The online store: the events of every entity in LMDB or Redis, from which a vector is computed for any moment asked.
 
 One record per view and entity, in the form that `windows.sweep` reads; beside it, for views without windows, the newest
 values ready to read (`newest.py`). What a vector means is said in `windows.py`.
@@ -17,17 +17,16 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import pyarrow as pa
 
 from raymill.actors.entities import entity_codes, entity_column
-from raymill.actors.environment import as_store_error, open_environment, release
+from raymill.actors.environment import as_store_error, clear, fetch, open_environment, place_of, release
 from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import packed
@@ -42,7 +41,9 @@ from raymill.actors.online_records import (
     record_key,
 )
 from raymill.actors.point_in_time import History, operands_of
+from raymill.actors.redis_store import Overtaken
 from raymill.actors.windows import BEFORE_ALL, NEVER, prune, unpack
+from raymill.runtime.errors import StoreError
 from raymill.runtime.expressions import duration_us
 
 __all__ = ["KEEP", "OnlineReader", "OnlineStore", "entity_key"]
@@ -50,18 +51,28 @@ __all__ = ["KEEP", "OnlineReader", "OnlineStore", "entity_key"]
 KEEP = "3d"
 """How far behind the newest event a moment may lie that is still answered (late requests, retries, a replayed day)."""
 
+ATTEMPTS = 50
+"""Rounds of read-then-write when other writers get in between; LMDB lets them wait instead."""
+
 _HORIZON = b"horizon"
 """Key of the event time at which the replay stands."""
 
 
 class OnlineStore:
-    """The writer: takes rows in; any number of processes may have one, LMDB lets one write at a time."""
+    """The writer: takes rows in; any number of processes may have one, one at a time writes."""
 
     def __init__(self, path: str | Path, plan: FeaturePlan, *, keep: str = KEEP) -> None:
-        self._path = Path(path) / plan.pipeline
+        """A pipeline's store.
+
+        Args:
+            path: a folder of this host, or a Redis server: `redis://`, `rediss://` (TLS) or `unix://` URL.
+            plan: what is kept.
+            keep: how far behind the newest event a moment may lie.
+        """
+        self._path = place_of(path, plan.pipeline)
         self._plan = plan
         self._keep_us = duration_us(keep)
-        self._opened: lmdb.Environment | None = None
+        self._opened: Any = None
 
     def ingest(self, source: str, rows: pa.Table, *, lake_version: int | None = None, whole: bool = False) -> None:
         """Take in rows of a source, once however often they come.
@@ -79,8 +90,7 @@ class OnlineStore:
         if source not in self._plan.sources:
             return
         history = History.of(rows, self._plan.sources[source])
-        with as_store_error(self._path), self._environment().begin(write=True) as txn:
-            self._ingest(txn, source, rows, history, lake_version, whole)
+        self._write(lambda txn: self._ingest(txn, source, rows, history, lake_version, whole))
 
     def replace(
         self, tables: Mapping[str, pa.Table], versions: Mapping[str, int], *, horizon: int | None = None
@@ -92,13 +102,16 @@ class OnlineStore:
             versions: source → version of the lake table.
             horizon: where a replay begins, µs: later rows may be in the lake and are still to come. Absent: no replay.
         """
-        with as_store_error(self._path), self._environment().begin(write=True) as txn:
+
+        def fill(txn: Any) -> None:
             _put_horizon(txn, horizon)
             for view in self._plan.event_views:
                 self._clear(txn, view)
             for source, rows in tables.items():
                 history = History.of(rows, self._plan.sources[source])
                 self._ingest(txn, source, rows, history, versions[source] if horizon is None else None, True)
+
+        self._write(fill)
 
     def lake_version(self, source: str) -> int:
         """Version of the lake table up to which every view has all rows; −1: not known to."""
@@ -113,8 +126,7 @@ class OnlineStore:
 
     def set_horizon(self, at: int) -> None:
         """Move the replay on to `at`."""
-        with as_store_error(self._path), self._environment().begin(write=True) as txn:
-            _put_horizon(txn, at)
+        self._write(lambda txn: _put_horizon(txn, at))
 
     def close(self) -> None:
         """Close it in this process, unless a reader here still has it open."""
@@ -122,15 +134,29 @@ class OnlineStore:
             release(self._path)
             self._opened = None
 
-    def _environment(self) -> lmdb.Environment:
+    def _environment(self) -> Any:
         if self._opened is None:
-            self._path.mkdir(parents=True, exist_ok=True)
+            if isinstance(self._path, Path):
+                self._path.mkdir(parents=True, exist_ok=True)
             self._opened = open_environment(self._path)
-            with self._opened.begin(write=True) as txn:
-                for view in self._plan.event_views:
-                    if progress_of(txn, view) is None:
-                        txn.put(progress_key(view), Progress().to_bytes())
+            self._write(self._enter)
         return self._opened
+
+    def _enter(self, txn: Any) -> None:
+        for view in self._plan.event_views:
+            if progress_of(txn, view) is None:
+                txn.put(progress_key(view), Progress().to_bytes())
+
+    def _write(self, work: Callable[[Any], None]) -> None:
+        """Do the work in a transaction, again where another writer was first."""
+        for _ in range(ATTEMPTS):
+            try:
+                with as_store_error(self._path), self._environment().begin(write=True) as txn:
+                    work(txn)
+            except Overtaken:
+                continue
+            return
+        raise StoreError(f"online store {self._path}: {ATTEMPTS} times another writer was first; send it again")
 
     def _ingest(
         self, txn: Any, source: str, rows: pa.Table, history: History, lake_version: int | None, whole: bool
@@ -157,6 +183,7 @@ class OnlineStore:
         """Write the records of the rows' entities anew; how many events were dropped."""
         codes, keys = _entities(view, rows)
         names = [record_key(view, k) for k in keys]
+        fetch(txn, names)
         old = unpack(*joined([txn.get(n) for n in names]), len(view.operands))
         codes = np.concatenate([old[0], codes])
         times = (np.concatenate(pair) for pair in zip(old[1:4], (new.time, new.known, new.key_hash), strict=True))
@@ -177,10 +204,7 @@ class OnlineStore:
 
     def _clear(self, txn: Any, view: ViewPlan) -> None:
         for prefix in (record_key(view, b""), newest_key(view, b"")):
-            with txn.cursor() as cursor:
-                found = cursor.set_range(prefix)
-                while found and cursor.key().startswith(prefix):
-                    found = cursor.delete()
+            clear(txn, prefix)
         txn.put(progress_key(view), Progress().to_bytes())
 
 

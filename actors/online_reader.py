@@ -16,11 +16,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.entities import entity_column
-from raymill.actors.environment import as_store_error, open_environment, release, store_error
+from raymill.actors.environment import (
+    as_store_error,
+    fetch,
+    is_filled,
+    open_environment,
+    place_of,
+    release,
+    store_error,
+)
 from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import NewestReader, as_leaves
 from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key
+from raymill.actors.redis_store import RedisTransaction
 from raymill.actors.windows import NEVER, TIME, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 
@@ -29,9 +38,9 @@ class OnlineReader:
     """Vectors for rows at their moments; works in any process of the host while another one writes."""
 
     def __init__(self, path: str | Path, plan: FeaturePlan) -> None:
-        self._path = Path(path) / plan.pipeline
+        self._path = place_of(path, plan.pipeline)
         self._plan = plan
-        self._opened: lmdb.Environment | None = None
+        self._opened: Any = None
         self._newest: dict[str, NewestReader] = {}
         self._lock = threading.Lock()
 
@@ -56,17 +65,43 @@ class OnlineReader:
             raise RequestError(f"{len(at)} moments for {len(rows)} rows: give one each")
         request = columns_of(rows, self._plan.request_view_columns, self._plan.row.dtypes)
         by_moment = np.argsort(at, kind="stable")
-        keys: dict[tuple[str, str], list[Any]] = {}
-        leaves: dict[str, Floats] = {}
-        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
-            for view in self._plan.event_views:
-                for c in view.entity:
-                    kind = view.source.dtypes[c]
-                    if (c, kind) not in keys:
-                        keys[c, kind] = entity_column(rows, c, kind).to_pylist()
-                columns = [keys[c, view.source.dtypes[c]] for c in view.entity]
-                leaves[view.name] = _leaves(txn, view, list(zip(*columns, strict=True)), at, by_moment)
+        keys = self._keys(rows)
+        with as_store_error(self._path):
+            try:
+                leaves = self._leaves(keys, at, by_moment, newest=True)
+            except _NotWhole:  # all views anew, so that they are of one state of the store
+                leaves = self._leaves(keys, at, by_moment, newest=False)
         return self._plan.assemble(request, leaves, len(rows))
+
+    def _keys(self, rows: pa.Table) -> dict[str, list[tuple[Any, ...]]]:
+        """View → entity of each row."""
+        columns: dict[tuple[str, str], list[Any]] = {}
+        keys = {}
+        for view in self._plan.event_views:
+            names = [(c, view.source.dtypes[c]) for c in view.entity]
+            for name in names:
+                if name not in columns:
+                    columns[name] = entity_column(rows, *name).to_pylist()
+            keys[view.name] = list(zip(*(columns[name] for name in names), strict=True))
+        return keys
+
+    def _leaves(
+        self, keys: dict[str, list[tuple[Any, ...]]], at: Ints, by_moment: Ints, *, newest: bool
+    ) -> dict[str, Floats]:
+        asked = []
+        for view in self._plan.event_views:
+            codes, distinct = _numbered(keys[view.name])
+            packed = newest and view.newest_leaves is not None
+            name_of = newest_key if packed else record_key
+            asked.append((view, codes, [name_of(view, entity_key(key)) for key in distinct], packed))
+        leaves: dict[str, Floats] = {}
+        with self._environment().begin(buffers=True) as txn:
+            fetch(txn, [n for view, _, names, _ in asked for n in (view.progress_name, *names)])
+            for view, codes, names, packed in asked:
+                _check_moments(txn, view, int(at.min()) if len(at) else NEVER)
+                way = _from_newest if packed else _from_events
+                leaves[view.name] = way(txn, view, keys[view.name], codes, names, at, by_moment)
+        return leaves
 
     def latest(self, view: str, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
         """Features of a view without windows at one moment, by the shortest way: microseconds for one key.
@@ -107,36 +142,45 @@ class OnlineReader:
                 release(self._path)
                 self._opened = None
 
-    def _environment(self) -> lmdb.Environment:
+    def _environment(self) -> Any:
         if self._opened is None:
             with self._lock:
                 if self._opened is None:
-                    if not (self._path / "data.mdb").exists():
+                    if not is_filled(self._path):
                         raise Unavailable(f"online store {self._path} is not filled yet: ingest rows first")
                     warm()
                     self._opened = open_environment(self._path)
         return self._opened
 
 
-def _leaves(txn: Any, view: ViewPlan, keys: list[tuple[Any, ...]], at: Ints, by_moment: Ints) -> Floats:
-    """The view's leaves [rows, leaves] of rows with these entities."""
-    _check_moments(txn, view, int(at.min()) if len(at) else NEVER)
-    codes, distinct = _numbered(keys)
-    if view.newest_leaves is not None and distinct:
-        reader = NewestReader(view, newest_key(view, b""))
-        records = reader.of_keys(txn.get, [entity_key(key) for key in distinct])[codes]
-        if (records["whole_from"] <= at)[codes >= 0].all():
-            if view.required:
-                _refuse_unknown(view, keys, (codes < 0) | (records["time"] == NEVER))
-            leaves = as_leaves(reader.values(records, at))
-            leaves[codes < 0] = np.nan
-            return leaves
-    found = [txn.get(record_key(view, entity_key(key))) for key in distinct]
+def _from_newest(
+    txn: Any, view: ViewPlan, keys: Sequence[Any], codes: Ints, names: list[bytes], at: Ints, by_moment: Ints
+) -> Floats:
+    """The view's leaves [rows, leaves] from the packed newest values; `_NotWhole`: an event is not known yet."""
+    reader = NewestReader(view, b"")
+    nobody = newest_key(view, b"")  # the last record, number −1
+    records = reader.of_keys(txn.get, [*names, nobody])[codes]
+    if (records["whole_from"] > at).any():
+        raise _NotWhole
+    if view.required:
+        _refuse_unknown(view, keys, records["time"] == NEVER)
+    return as_leaves(reader.values(records, at))
+
+
+def _from_events(
+    txn: Any, view: ViewPlan, keys: Sequence[Any], codes: Ints, names: list[bytes], at: Ints, by_moment: Ints
+) -> Floats:
+    """The view's leaves [rows, leaves] from the events."""
+    found = [txn.get(name) for name in names]
     if view.required:
         _refuse_unknown(view, keys, np.array([c < 0 or found[c] is None for c in codes], dtype=np.bool_))
     out = view.empty(len(keys))
     _sweep(found, codes, at, by_moment, view.leaves, out)
     return out
+
+
+class _NotWhole(Exception):
+    """Packed newest values are of a later moment than one asked for."""
 
 
 def _numbered(keys: Sequence[tuple[Any, ...]]) -> tuple[Ints, list[tuple[Any, ...]]]:
@@ -156,19 +200,25 @@ def _sweep(records: Sequence[Any], codes: Ints, at: Ints, by_moment: Ints, plan:
 
 
 def _latest(txn: Any, reader: NewestReader, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
+    if isinstance(txn, RedisTransaction):
+        known = [k for k in _tuples(keys) if None not in k]
+        fetch(txn, [reader.view.progress_name, *(newest_key(reader.view, entity_key(k)) for k in known)])
     _check_moments(txn, reader.view, at)
     if reader.integer and len(keys) and type(keys[0]) is int and None not in keys:
         if len(keys) == 1:
             one = reader.of_one_integer(txn.get, keys[0], at)
-            return (reader.features_of(one[0]), one[1]) if one else _latest_of_events(txn, reader, [(keys[0],)], at)
+            return (reader.features_of(one[0]), one[1]) if one else _latest_of_events(txn, reader, _tuples(keys), at)
         records = reader.of_integers(txn.get, keys)
     else:
-        names = [k if isinstance(k, tuple) else (k,) for k in keys]
-        records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in names])
+        records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in _tuples(keys)])
     if (records["whole_from"] > at).any():
-        return _latest_of_events(txn, reader, [k if isinstance(k, tuple) else (k,) for k in keys], at)
+        return _latest_of_events(txn, reader, _tuples(keys), at)
     time = records["time"]
     return reader.features_of(reader.values(records, at)), np.where(time == NEVER, -1, at - time)
+
+
+def _tuples(keys: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [k if isinstance(k, tuple) else (k,) for k in keys]
 
 
 def _latest_of_events(
@@ -177,7 +227,9 @@ def _latest_of_events(
     """`OnlineReader.latest` where an event is in the store that was not known yet."""
     view = reader.view
     codes, distinct = _numbered(keys)
-    found = [txn.get(record_key(view, entity_key(key))) for key in distinct]
+    names = [record_key(view, entity_key(key)) for key in distinct]
+    fetch(txn, names)
+    found = [txn.get(name) for name in names]
     plan = np.concatenate([view.leaves, np.array([[TIME, 0, -1]], dtype=np.int64)])
     out = np.full((len(keys), len(plan)), np.nan)
     _sweep(found, codes, np.full(len(keys), at, dtype=np.int64), np.arange(len(keys)), plan, out)
@@ -198,7 +250,7 @@ def _check_moments(txn: Any, view: ViewPlan, earliest: int) -> None:
         )
 
 
-def _refuse_unknown(view: ViewPlan, keys: list[tuple[Any, ...]], unknown: npt.NDArray[np.bool_]) -> None:
+def _refuse_unknown(view: ViewPlan, keys: Sequence[Any], unknown: npt.NDArray[np.bool_]) -> None:
     for i in np.flatnonzero(unknown)[:1].tolist():
         told = ", ".join(f"{c}={v!r}" for c, v in zip(view.entity, keys[i], strict=True))
         raise UnknownEntity(f"row {i}: {told} was never seen by view {view.name!r}, which requires it")
