@@ -23,6 +23,7 @@ SETS_RAY_VARIABLES = {
     "cluster/environment.py",  # what `raymill up` sets, for everything on its cluster
     "cluster/session.py",
     "cluster/start.py",
+    "cluster/attach.py",  # the token's mode of a cluster that is found
     "cluster/providers/local.py",  # a worker node's own identity
     "cluster/providers/namespace.py",
 }

@@ -31,6 +31,7 @@ from raymill.runtime import (
 )
 
 SHIFT = os.environ.get("SHIFT", "costly")
+NAME = "orders" if SHIFT == "costly" else f"orders-{SHIFT}"  # other rows: another source, another lake table
 UNTIL = os.environ.get("UNTIL", "2020-03-25")
 EPOCHS = int(os.environ.get("EPOCHS", "20"))
 DAYS, PER_DAY, TURN = 90, 1000, 59
@@ -65,7 +66,7 @@ def orders() -> pa.Table:
 def broken_orders() -> list[tuple[str, str, pa.Table]]:
     bad = orders().slice(0, 2)
     bad = bad.set_column(bad.column_names.index("price"), "price", pa.array([1e9, None], pa.float64()))
-    return [("orders", "2020-02-20", bad)]
+    return [(NAME, "2020-02-20", bad)]
 
 
 class Net(torch.nn.Module):
@@ -78,7 +79,7 @@ class Net(torch.nn.Module):
 
 
 ORDERS = Source(
-    "orders",
+    NAME,
     key=["order"],
     time="placed_at",
     known_at="known_at",
