@@ -4,9 +4,10 @@ The work: 1 M labels × 10 M events of 100,000 entities over 90 days, 10 columns
 label gets its entity's newest values (`vs_*`), or mean and count over 6 h and 7 d of what was known then
 (`windows_vs_*`). Feast: 100 k × 1 M, without windows, which it has not.
 
-Stored forms: ours, a Delta table written by ten appends to the lake, whatever reading it takes included, to a float32 matrix copied into shared memory, as Ray's object store would hold it; the peers' own best, said in
+Stored forms: ours, a Delta table written by appends to the lake, whatever reading it takes included, to a float32
+matrix copied into shared memory, as Ray's object store would hold it; the peers' own best, said in
 `peers/<name>/point_in_time.py`, to whatever frame or table they give back, which spares them the copy. Every side is a
-process of its own, warm. In the first repetition all results are compared bit for bit with ours: `differences`.
+process of its own, warm. In the warm-up all results are compared with ours as float32: `*_differences`.
 
 `--quick`: a fifth of the rows, one repetition, no Feast.
 """

