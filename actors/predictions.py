@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,34 +94,38 @@ class Scored:
     def to_batch(self, replica: str, wall_s: float) -> pa.RecordBatch:
         """As rows of the log."""
         n, width = self.x.shape
-        offsets = np.arange(0, (n + 1) * width, width, dtype=np.int32) if width else np.zeros(n + 1, np.int32)
         flat = pa.array(np.ascontiguousarray(self.x, dtype=np.float32).reshape(-1))
         columns = [
             pa.array(self.ids, pa.string()),
-            pa.repeat(self.model, n),
+            _repeated(self.model, n),
             pa.array(self.versions, pa.int64()),
-            _texts(self.roles),
+            _repeated(self.roles[0], n) if len(set(self.roles)) == 1 else _texts(self.roles),
             pa.array(self.at, pa.int64()).view(SCHEMA.field("at").type),
             _texts(self.keys),
             _texts(self.texts),
-            pa.ListArray.from_arrays(pa.array(offsets), flat),
+            pa.ListArray.from_arrays(_offsets(n, width), flat),
             pa.array(np.asarray(self.p, dtype=np.float32)),
-            pa.repeat(wall_s, n),
-            pa.repeat(replica, n),
+            pa.array(np.full(n, wall_s)),
+            _repeated(replica, n),
         ]
         return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _texts(values: Sequence[str | bytes | None]) -> pa.Array:
-    """A column of texts; the usual ones, all the same, are not made one by one."""
-    first = values[0]
-    if values.count(first) == len(values):
-        return (
-            pa.nulls(len(values), pa.string())
-            if first is None
-            else pa.repeat(pa.scalar(first, pa.string()), len(values))
-        )
+    """A column of texts; where there are none it is not made anew."""
+    if values.count(None) == len(values):
+        return _repeated(None, len(values))
     return pa.array(values, pa.string())
+
+
+@lru_cache(maxsize=4096)
+def _repeated(value: str | None, count: int) -> pa.Array:
+    return pa.nulls(count, pa.string()) if value is None else pa.repeat(pa.scalar(value, pa.string()), count)
+
+
+@lru_cache(maxsize=1024)
+def _offsets(rows: int, width: int) -> pa.Array:
+    return pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width))
 
 
 class PredictionLog:
