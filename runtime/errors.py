@@ -8,6 +8,7 @@
     │   ├── UnknownModel        404
     │   ├── UnknownVersion      404
     │   ├── UnknownPrediction   404
+    │   ├── Usage               400  a wrong word on the command line
     │   ├── NoSuchPath          404
     │   ├── WrongMethod         405
     │   ├── TooSlow             408
@@ -104,6 +105,12 @@ class TooLarge(RequestError):
 
     http_status = 413
     remedy = "split the rows over several requests"
+
+
+class Usage(RequestError):
+    """A wrong verb, option or argument."""
+
+    remedy = "`raymill --help` lists the verbs, `raymill VERB --help` what a verb takes"
 
 
 class NoSuchPath(RequestError):

@@ -8,7 +8,7 @@ from importlib import import_module
 import typer
 
 from raymill.jobs.cli.output import claim_stdout, err, fail
-from raymill.runtime.errors import RaymillError, RequestError
+from raymill.runtime.errors import RaymillError, Usage
 
 VERBS = {
     "run": "The whole loop of a pipeline file.",
@@ -26,12 +26,6 @@ VERBS = {
     "report": "Where the newest run's report is.",
     "doctor": "What is wrong with this machine, and the remedy.",
 }
-
-
-class Usage(RequestError):
-    """A wrong verb, option or argument."""
-
-    remedy = "`raymill --help` lists the verbs, `raymill VERB --help` what a verb takes"
 
 
 app = typer.Typer(

@@ -12,7 +12,15 @@ import pytest
 
 from raymill.runtime import client as client_module
 from raymill.runtime.client import ARROW_STREAM, Client
-from raymill.runtime.errors import ContractError, ModelError, Overloaded, RequestError, Unavailable, UnknownModel
+from raymill.runtime.errors import (
+    ContractError,
+    ModelError,
+    NoSuchPath,
+    Overloaded,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
 from raymill.runtime.ids import new_ids
 
 
@@ -80,7 +88,7 @@ def test_what_is_sent_again_has_the_same_ids_and_the_same_moment():
     [
         (told(422, "contract_error"), ContractError),
         (told(404, "unknown_model"), UnknownModel),
-        (told(404, "no_such_path"), RequestError),
+        (told(404, "no_such_path"), NoSuchPath),
         (told(500, "model_error"), ModelError),
         (httpx.Response(400, text="<html>"), RequestError),
     ],
