@@ -182,12 +182,13 @@ def wait_for(url: str, body: bytes, mark: Path, *, seconds: float = 90) -> None:
 
 
 @contextmanager
-def peer(name: str, folder: Path, *extra: str, **variables: str) -> Iterator[str]:
+def peer(name: str, folder: Path, **variables: str) -> Iterator[str]:
     """A peer's server; its URL."""
     mark = Path(tempfile.mkdtemp(prefix="rmp"))
     port = free_port()
     server = harness.PEERS / name / "server.py"
-    command = [str(peer_python(name)), str(server), str(port), str(folder / "model.ubj"), *extra]
+    command = [str(peer_python(name)), str(server), str(port), str(folder / "model.ubj")]
+    variables |= _own_haproxy(mark) if name == "serve" else {}
     environment = peer_environment(HOME=str(mark), RAY_TMPDIR=str(mark), RAY_USAGE_STATS_ENABLED="0", **variables)
     url = f"http://127.0.0.1:{port}" + ("/" if name == "serve" else "/inference" if name == "mosec" else "/predict")
     try:
@@ -251,7 +252,7 @@ def body(quick: bool) -> Outcome:
             "mosec": up.enter_context(peer("mosec", folder)),
             "fastapi": up.enter_context(peer("fastapi", folder)),
             "serve_default": up.enter_context(peer("serve", folder)),
-            "serve_fast": up.enter_context(peer("serve", folder, **FAST_MODE, **_fast_ports())),
+            "serve_fast": up.enter_context(peer("serve", folder, **FAST_MODE)),
         }
         sides = {"ours": partial(ours, up.enter_context(endpoint(folder)), folder, clients, seconds)}
         sides |= {name: partial(measured, url, row, clients, seconds) for name, url in urls.items()}
@@ -271,12 +272,12 @@ def body(quick: bool) -> Outcome:
     return outcome
 
 
-def _fast_ports() -> dict[str, str]:
-    """Ports and files of a second HAProxy on this host."""
-    ports = choose("auto")
-    folder = Path(tempfile.mkdtemp(prefix="rmh"))
-    kept = ("PORT", "DRAINING")
-    return {k: v for k, v in serve_environment(ports).items() if any(w in k for w in kept)} | haproxy_files(folder)
+def _own_haproxy(folder: Path) -> dict[str, str]:
+    """Ports and files apart from those of the other HAProxy on this host; nothing else of our tuning."""
+    kept = ("_PORT", "DRAINING")
+    return {k: v for k, v in serve_environment(choose("auto")).items() if any(w in k for w in kept)} | haproxy_files(
+        folder
+    )
 
 
 if __name__ == "__main__":
