@@ -23,6 +23,7 @@ from raymill.actors.evaluate import Floats, Ints
 from raymill.actors.windows import LAST, MAX, MIN, NEVER, NEWEST, _extreme, _newest, _total
 
 _INTS = types.Array(int64, 1, "C", readonly=True)
+_FLOATS = types.Array(float64, 1, "C", readonly=True)
 _TABLE = types.Array(int64, 2, "C", readonly=True)
 _MATRIX = types.Array(float64, 2, "C", readonly=True)
 
@@ -351,3 +352,11 @@ def densify(first: Ints, second: Ints, unknown: int) -> int:
             c = slots[_slot(slots, names, second[i], bits)]
             second[i] = c if c >= 0 else unknown
     return n
+
+
+@njit(void(_FLOATS, _INTS, float64[::1]), cache=True, nogil=True)
+def fill(values: Floats, rows: Ints, out: Floats) -> None:
+    """`out[rows] = values`, as `evaluate` gives a column: +0 for −0, NaN for what is not finite."""
+    for i in range(len(rows)):
+        v = values[i] + 0.0
+        out[rows[i]] = v if np.isfinite(v) else np.nan

@@ -24,15 +24,18 @@ import pyarrow as pa
 from raymill.actors.entities import column_of, entity_codes, key_hashes
 from raymill.actors.evaluate import Floats, Ints, columns_of, evaluate, moments
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan, ViewPlan
-from raymill.actors.merge import HEAD, OUT_OF_ORDER, ascending, measure, scan, scatter, sweep_groups
+from raymill.actors.merge import HEAD, OUT_OF_ORDER, ascending, fill, measure, scan, scatter, sweep_groups
 from raymill.actors.parts import Block, Parts, Rows, threads
 from raymill.actors.windows import BEFORE_ALL, NEVER, NEWEST, group, pack
 from raymill.runtime.errors import ContractError
+from raymill.runtime.expressions import Column
 
 _STEP = 1 << 15
 """Rows for which operands are evaluated at once: their intermediate values stay in the processor's cache."""
 _LARGE = 1 << 18
 """Events from which on several threads pay."""
+_PAGE_BITS = 9
+"""So many of 8-byte values are a page of memory."""
 _NONE = np.empty(0, dtype=np.int64)
 _LOWEST = int(np.iinfo(np.int64).min)
 
@@ -197,24 +200,30 @@ def _carry(
 
 def _taken(view: ViewPlan, events: _Events, found: Ints, asked: _Asked) -> Floats:
     """Newest values: only the events found are read, and only their operands evaluated."""
-    out = np.full((len(found), len(view.leaves)), np.nan, order="F")
+    out = np.empty((len(found), len(view.leaves)), dtype=np.float64, order="F")
+    out[found < 0] = np.nan
     blocks = list(events.rows.blocks())
     firsts = [b.first for b in blocks]
     names = _columns_of_operands(view)
     place = np.searchsorted(firsts, found, side="right") - 1 if len(firsts) > 1 else np.where(found >= 0, 0, -1)
     ordered, starts = group(place, max(len(firsts), 1), asked.order)
 
-    def fill(part: int) -> None:
+    def take(part: int) -> None:
         block, rows = blocks[part], ordered[starts[part] : starts[part + 1]]
         if not len(rows):
             return
+        # Page by page: rows in the order of their moments jump back and forth over all of the block.
+        pages = (found[rows] - block.first) >> _PAGE_BITS
+        rows = rows[group(pages, (block.rows >> _PAGE_BITS) + 1, np.arange(len(rows)))[0]]
         chosen = events.rows.take(block, names, found[rows])
         columns = columns_of(chosen, names, view.source.dtypes)
         for c, expr in enumerate(view.operands):
             for j in np.flatnonzero(view.leaves[:, 1] == c):
-                out[rows, j] = evaluate(expr, columns, len(rows))
+                value = columns[expr.name] if isinstance(expr, Column) else None
+                value = value if isinstance(value, np.ndarray) else evaluate(expr, columns, len(rows))
+                fill(value, rows, out[:, j])
 
-    events.at_once(fill, range(len(blocks)))
+    events.at_once(take, range(len(blocks)))
     has = np.flatnonzero(found >= 0)
     for width in set(view.leaves[:, 2].tolist()) - {-1}:
         old = has[asked.at[has] - events.time[found[has]] > width]
