@@ -58,8 +58,7 @@ def pipeline() -> Pipeline:
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def home(tmp_path):
     ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
     yield tmp_path / "raymill"
     ray.shutdown()

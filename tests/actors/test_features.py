@@ -59,7 +59,6 @@ def ticks(first, n):
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))
         patch.setenv("RAYMILL_HOME", str(folder / "raymill"))
         ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
         spawn(RecordsActor, str(folder / "raymill"), name=NAME)

@@ -24,7 +24,6 @@ class RecordsActorWithPid(RecordsActor):
 def records(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
         patch.setenv("RAYMILL_HOME", str(home / "raymill"))
         ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
         yield spawn(RecordsActorWithPid, str(home / "raymill"), name=NAME)

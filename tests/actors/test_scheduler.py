@@ -35,19 +35,16 @@ class Where:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False},
-        )
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
-        spawn(RecordsActor, str(home / "raymill"), name=RECORDS)
-        spawn(SchedulerWithPid, RemoteRecords(), name=NAME, max_concurrency=MAX_CONCURRENCY)
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False},
+    )
+    ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+    spawn(RecordsActor, str(home / "raymill"), name=RECORDS)
+    spawn(SchedulerWithPid, RemoteRecords(), name=NAME, max_concurrency=MAX_CONCURRENCY)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 def add(cluster, market):

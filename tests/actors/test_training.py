@@ -171,8 +171,6 @@ class Crew:
 
 @pytest.fixture(scope="module")
 def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
-    before = os.environ.get("HOME", "")
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     ray.init(address="local", include_dashboard=False, num_cpus=3, logging_level=logging.ERROR)
     pool, ledger, folder = Pool(), [], tmp_path_factory.mktemp("checkpoints")
     gang = a_gang(pool, folder, ledger)
@@ -181,7 +179,6 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     gang.close()
     assert not pool.held
     ray.shutdown()
-    os.environ["HOME"] = before
 
 
 def at_step(step: int, act: Callable[[], object]) -> Callable[[int, int], None]:
