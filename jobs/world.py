@@ -15,7 +15,7 @@ from raymill.actors.features import FeatureActor
 from raymill.actors.gang import NodeKind
 from raymill.actors.ranks import Owner
 from raymill.actors.rollout import ModelSpec, from_user_config, spec_of
-from raymill.actors.scheduler import GpuPoolScheduler, RemoteScheduler
+from raymill.actors.scheduler import MAX_CONCURRENCY, GpuPoolScheduler, RemoteScheduler
 from raymill.actors.training import Gang
 from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
@@ -95,7 +95,7 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
     place = on_head()
     handles = [spawn(RecordsActor, str(home.root), name="records", **place)]
     kinds = node_kinds(config) if config and session.has_autoscaler else ()
-    handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=16, **place))
+    handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=MAX_CONCURRENCY, **place))
     cluster = None
     if session.managed and config is not None:
         handles.append(spawn(ClusterActor, str(home.root), config, records, name="cluster", **place))

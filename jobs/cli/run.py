@@ -45,6 +45,7 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
     from raymill.cluster import session
     from raymill.cluster.spec import load_config
     from raymill.jobs import pipeline_file
+    from raymill.jobs.planning import plan_run
     from raymill.jobs.run import open_run
     from raymill.runtime.home import current_home
 
@@ -53,6 +54,8 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
     if found and cluster:
         raise Conflict(f"a cluster runs at {found.address} already: leave --cluster away, or `raymill down` first")
     config = found.config() if found else load_config(cluster)
+    if config:
+        plan_run(declared, config)  # what the cluster can not hold is refused before anything starts
     ours = found is None
     home = found.home if found else current_home()
     with open_run(home, declared.name, pipeline_file.resolved(declared)) as opened:
