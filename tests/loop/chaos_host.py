@@ -200,7 +200,8 @@ def assert_whole(host: Host, summary: dict[str, Any], days: int) -> None:
     predicted = lake.read("predictions", columns=["id"])["id"]
     assert len(predicted) == days * PER_DAY and pc.count_distinct(predicted).as_py() == len(predicted)
     assert set(pc.unique(pc.utf8_slice_codeunits(predicted, 0, 26)).to_pylist()) == {summary["run"]}
-    orders = lake.read("orders", columns=["order"])["order"]
+    (source,) = set(lake.tables()) - {"predictions", "quarantine"}
+    orders = lake.read(source, columns=["order"])["order"]
     assert len(orders) == rows and pc.count_distinct(orders).as_py() == rows
     assert lake.count("quarantine") == (SEEDED_BAD if days > 5 else 0)
     assert list(host.home.spool.rglob("*.arrows")) == []
