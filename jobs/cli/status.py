@@ -22,9 +22,17 @@ def status(as_json: AsJson = False) -> None:
             out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")
         for name, rows in (("nodes", document["nodes"]), ("leases", document["leases"]), ("queue", document["queue"])):
             if rows:
-                table(name, list(rows[0]), [list(row.values()) for row in rows])
+                table(name, list(rows[0]), [[_short(cell) for cell in row.values()] for row in rows])
 
     emit(document, as_json, human)
+
+
+def _short(cell: Any) -> str:
+    """An id's beginning; of resources those that are counted out to ranks and replicas."""
+    if isinstance(cell, dict):
+        return " ".join(f"{name} {cell[name]:g}" for name in ("CPU", "GPU") if name in cell)
+    text = str(cell)
+    return text[:12] if len(text) > 40 and " " not in text else text
 
 
 def _gather() -> dict[str, Any]:
