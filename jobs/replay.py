@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymill.actors.data import SEEDED
 from raymill.runtime.errors import SpecError
 from raymill.runtime.spec import Pipeline, Replay, Source
 
@@ -76,7 +77,7 @@ class Recording:
                 yield Batch(source.name, f"{source.name}/{text}", rows)
         for number, (name, on, rows) in enumerate(self._seeded):
             if on == text:
-                yield Batch(name, f"seeded-{number}/{name}/{text}", rows)
+                yield Batch(name, f"{SEEDED}{number}/{name}/{text}", rows)
 
     def requests(self, day: int, run: str) -> Iterator[pa.Table]:
         """The day's label rows as requests, in event time order: `id`, `at`, the key, and what the features read."""

@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ulid import ULID
-
 from raymill.runtime.errors import Conflict
 from raymill.runtime.home import Home
+from raymill.runtime.ids import new_ids
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ def open_run(home: Home, pipeline: str, spec_json: str) -> Iterator[Run]:
         _hold(lock, pipeline)
         progress = newest(home, pipeline)
         if progress is None or progress.finished:
-            progress = Progress(run=str(ULID()), pipeline=pipeline, began_s=time.time())
+            progress = Progress(run=new_ids(1)[0], pipeline=pipeline, began_s=time.time())
         run = Run(home, progress)
         run.folder.mkdir(exist_ok=True)
         write_atomically(run.folder / "spec.json", spec_json)

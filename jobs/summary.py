@@ -7,6 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
+from raymill.actors.data import SEEDED
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.jobs.replay import DAY_US, iso_date
@@ -16,8 +17,6 @@ from raymill.runtime.cost import split
 from raymill.runtime.lineage import trace
 
 PREDICTIONS = "predictions"
-SEEDED = "seeded-"
-"""How the batches of rows that were spoilt on purpose begin."""
 
 
 def summarise(world: World, run: Run, start: int, end: int) -> tuple[dict[str, Any], dict[str, Any]]:

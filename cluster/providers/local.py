@@ -29,7 +29,6 @@ from ray.autoscaler.tags import (
     TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
 )
-from ulid import ULID
 
 import raymill.runtime.errors
 from raymill.cluster import processes
@@ -41,6 +40,7 @@ from raymill.cluster.spec import HEAD_TYPE
 from raymill.cluster.spot_state import read_capacity
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
+from raymill.runtime.ids import new_ids
 
 NODE_FOLDER = "n-"
 """How the folder of a worker node begins, within the session's scratch folder."""
@@ -165,7 +165,7 @@ class LocalProvider(NodeProvider):
     ) -> None:
         node_type, market = tags[TAG_RAY_USER_NODE_TYPE], str(node_config["market"])
         self._refuse_without_capacity(node_type, market)
-        instance = f"{node_type}-{str(ULID()).lower()}"
+        instance = f"{node_type}-{new_ids(1)[0].lower()}"
         entry = NodeEntry(
             instance=instance,
             node_type=node_type,
