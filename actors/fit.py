@@ -83,6 +83,8 @@ class Fit:
     def run(self) -> TrainResult:
         """Until it is done, or can not be."""
         self._restore(self._checkpoints.read(self._id))
+        for metrics in self._epochs:  # a kill may have come between an epoch's checkpoint and its ledger entry
+            self._tell_epoch(metrics)
         broken: GangBroken | None = None
         while True:
             try:
@@ -231,9 +233,12 @@ class Fit:
         except GangBroken:
             self._epochs.pop()
             raise
-        self._tell("training.epoch", f"epoch/{metrics.epoch}", _finite(asdict(metrics)))
+        self._tell_epoch(metrics)
         if self._asked.on_epoch is not None:
             self._asked.on_epoch(metrics)
+
+    def _tell_epoch(self, metrics: EpochMetrics) -> None:
+        self._tell("training.epoch", f"epoch/{metrics.epoch}", _finite(asdict(metrics)))
 
     def _finish(self) -> TrainResult:
         program = self._ranks.ask(self._ranks.members[0], "program")

@@ -270,6 +270,26 @@ def test_a_training_that_ran_out_of_ranks_is_finished_later_and_never_done_twice
         crew.gang.fit(a_set(rows=ROWS - 1), training_id="few")
 
 
+def test_epochs_whose_driver_died_between_checkpoint_and_ledger_are_told_by_the_next(crew: Crew) -> None:
+    crew.of(1)
+    told: list[Event] = []
+
+    def die(events: list[Event]) -> None:
+        if any(e.data.get("epoch") == 1 for e in events):
+            raise KeyboardInterrupt
+        told.extend(events)
+
+    crew.gang._record = die
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            crew.gang.fit(a_set(), training_id="untold")
+    finally:
+        crew.gang._record = crew.ledger.extend
+    crew.gang.fit(a_set(), training_id="untold")
+    told += [e for e in crew.ledger if e.subject == "untold"]
+    assert {e.data["epoch"] for e in told if e.kind == "training.epoch"} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("columns", "error", "words"),
     [
