@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Replay,
         Serve,
         Source,
+        Stores,
         Train,
     )
 
@@ -33,7 +34,7 @@ _HOME_OF = {
 } | dict.fromkeys(
     (
         "Budget", "Col", "Cost", "Drills", "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline", "Replay", "Serve",
-        "Source", "Train",
+        "Source", "Stores", "Train",
     ),
     "spec",
 )  # fmt: skip
@@ -53,6 +54,7 @@ __all__ = [
     "Replay",
     "Serve",
     "Source",
+    "Stores",
     "Train",
     "col",
     "connect",

@@ -5,155 +5,38 @@ Imports nothing heavy, so that a wrong file fails in milliseconds, before anythi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from raymill.runtime.expressions import Column, Expr, digest, duration_us
+from raymill.runtime.expressions import duration_us
+from raymill.runtime.source_spec import VALUE, Col, DType, Duration, Name, Source
+from raymill.runtime.view_spec import FeatureView, Label, OnDemand, definitions, feature_hash
 
-_VALUE = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
-_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
-
-DType = Literal["string", "int64", "float64", "bool", "timestamp"]
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.match(name):
-        raise ValueError(
-            f"{name!r}: a name is lower case letters, digits, - and _, at most 63, and begins with a letter"
-        )
-    return name
-
-
-def _checked_duration(text: str) -> str:
-    duration_us(text)
-    return text
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
-Duration = Annotated[str, AfterValidator(_checked_duration)]
-
-
-@dataclass(frozen=True, config=_VALUE)
-class Col:
-    """What one column of a source must be."""
-
-    dtype: DType
-    """Type of its values; `timestamp` is microseconds, UTC."""
-    nullable: bool = False
-    """Whether a row may lack it."""
-    ge: float | None = None
-    """Smallest valid value."""
-    le: float | None = None
-    """Largest valid value."""
-    one_of: tuple[str, ...] | None = None
-    """The only valid strings, if they are known."""
+__all__ = [
+    "Budget",
+    "Col",
+    "Cost",
+    "DType",
+    "Drills",
+    "FeatureView",
+    "Label",
+    "Monitor",
+    "OnDemand",
+    "Pipeline",
+    "Replay",
+    "Serve",
+    "Source",
+    "Stores",
+    "Train",
+    "definitions",
+]
 
 
-@dataclass(frozen=True, config=_VALUE)
-class Source:
-    """A stream of rows with a contract; its rows land in the lake table of the same name."""
-
-    name: Name
-    """Name of the source and of its lake table."""
-    schema: dict[str, Col]
-    """The contract: every column and what is valid in it; other columns are refused."""
-    key: tuple[str, ...] | list[str]
-    """Columns that identify a row; a second row with the same key is quarantined."""
-    time: str
-    """Timestamp column: when the event happened."""
-    known_at: str | None = None
-    """Timestamp column: when the event's values became known; null: never. Absent: at `time`."""
-    read: str | Callable[[], Any] | None = None
-    """A Parquet, CSV or Arrow path, or a function that returns an Arrow table; absent: rows are only sent in."""
-    freshness: Duration | None = None
-    """How old the newest row of a live batch may be when it is ingested, in event time."""
-
-    @model_validator(mode="after")
-    def _columns_exist(self) -> Source:
-        wanted = [*self.key, self.time, *([self.known_at] if self.known_at else [])]
-        missing = [c for c in wanted if c not in self.schema]
-        if missing:
-            raise ValueError(f"source {self.name!r}: key, time or known_at name {missing}, which its schema lacks")
-        for c in (self.time, self.known_at):
-            if c and self.schema[c].dtype != "timestamp":
-                raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")
-        return self
-
-
-@dataclass(frozen=True, config=_VALUE)
-class FeatureView:
-    """Features of an entity, from the rows of one source."""
-
-    name: Name
-    """Name of the view; its features are called `<view>.<feature>`."""
-    source: Source
-    """Where the rows come from."""
-    entity: str | tuple[str, ...] | list[str]
-    """Columns that say whose feature it is; they stand in the source and in the label or request row."""
-    features: dict[str, Expr] | list[str]
-    """Name → expression, or just columns of which the newest known value is wanted."""
-    max_age: Duration | None = None
-    """Newest values older than this, in event time, count as unknown (inclusive)."""
-    required: bool = False
-    """Whether an entity that was never seen is refused instead of giving nulls."""
-
-    @property
-    def entity_columns(self) -> tuple[str, ...]:
-        """The entity's columns, in order."""
-        return (self.entity,) if isinstance(self.entity, str) else tuple(self.entity)
-
-    @property
-    def definitions(self) -> dict[str, Expr]:
-        """Feature name → expression."""
-        return self.features if isinstance(self.features, dict) else {c: Column(c) for c in self.features}
-
-    @model_validator(mode="after")
-    def _columns_exist(self) -> FeatureView:
-        for name, expr in self.definitions.items():
-            lost = [c for c in expr.columns() if c not in self.source.schema]
-            if lost:
-                raise ValueError(f"feature {self.name}.{name} reads {lost}, which source {self.source.name!r} lacks")
-        lost = [c for c in self.entity_columns if c not in self.source.schema]
-        if lost:
-            raise ValueError(f"view {self.name!r}: entity columns {lost} are not in source {self.source.name!r}")
-        return self
-
-
-@dataclass(frozen=True, config=_VALUE)
-class OnDemand:
-    """Features computed from the request or label row alone."""
-
-    name: Name
-    """Name of the view."""
-    features: dict[str, Expr]
-    """Name → row expression over the label source's columns; no windows."""
-
-    @model_validator(mode="after")
-    def _rows_only(self) -> OnDemand:
-        for name, expr in self.features.items():
-            if expr.windows():
-                raise ValueError(f"on-demand feature {self.name}.{name} has a window: put it into a FeatureView")
-        return self
-
-
-@dataclass(frozen=True, config=_VALUE)
-class Label:
-    """What is to be predicted: a truth value of a source row that becomes known later."""
-
-    name: Name
-    """Name of the label and of the probability in an answer."""
-    source: Source
-    """Its rows are the things predicted; their `time` is the moment of the prediction."""
-    value: Expr
-    """Row expression; null where the label never comes (kept and counted, not trained on)."""
-
-
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Train:
     """How the model is trained."""
 
@@ -193,7 +76,7 @@ class Train:
         return self
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Serve:
     """How the model is served."""
 
@@ -217,7 +100,7 @@ class Serve:
         return self
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Cost:
     """What a wrong prediction costs the business."""
 
@@ -233,7 +116,7 @@ class Cost:
         return self.false_alarm / total if total else 0.5
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Monitor:
     """How the live model is watched, and when it is retrained."""
 
@@ -257,7 +140,17 @@ class Monitor:
     """Retrains in one run."""
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
+class Stores:
+    """Where rows and online features are kept, if not on this host alone; secrets come from the environment."""
+
+    lake: str | None = None
+    """Object-store URL of the lake, e.g. `s3://bucket/prefix`; absent: a folder of RAYMILL_HOME."""
+    online: str | None = None
+    """`redis://`, `rediss://` (TLS) or `unix://` URL of the online store; absent: LMDB in RAYMILL_HOME."""
+
+
+@dataclass(frozen=True, config=VALUE)
 class Budget:
     """What the pipeline may spend."""
 
@@ -265,7 +158,7 @@ class Budget:
     """What its nodes should cost over a wall-clock day; `raymill plan` says how many hours of running that is."""
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Drills:
     """Faults that a run brings about on purpose, to show that it gets over them."""
 
@@ -277,7 +170,7 @@ class Drills:
     """Gives (source, event date, Arrow table) of faulty rows to mix in; counted apart from real faults."""
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Replay:
     """How recorded rows are played through the loop as if they came now."""
 
@@ -291,7 +184,7 @@ class Replay:
     """Faults brought about on purpose."""
 
 
-@dataclass(frozen=True, config=_VALUE)
+@dataclass(frozen=True, config=VALUE)
 class Pipeline:
     """One model, from its rows to its monitored endpoint."""
 
@@ -307,6 +200,8 @@ class Pipeline:
     """How it is watched."""
     serve: Serve = field(default_factory=Serve)
     """How it is served."""
+    stores: Stores = field(default_factory=Stores)
+    """Where its rows and online features are kept."""
     budget: Budget | None = None
     """What it may spend."""
     replay: Replay | None = None
@@ -350,7 +245,7 @@ class Pipeline:
     @property
     def feature_hashes(self) -> dict[str, str]:
         """Feature name → content hash of its definition: the feature's version."""
-        return {f"{v.name}.{n}": _feature_hash(v, e) for v in self.views for n, e in definitions(v).items()}
+        return {f"{v.name}.{n}": feature_hash(v, e) for v in self.views for n, e in definitions(v).items()}
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -373,15 +268,3 @@ class Pipeline:
             ):
                 found.setdefault(c)
         return tuple(found)
-
-
-def definitions(view: FeatureView | OnDemand) -> dict[str, Expr]:
-    """Feature name → expression of either kind of view."""
-    return view.definitions if isinstance(view, FeatureView) else view.features
-
-
-def _feature_hash(view: FeatureView | OnDemand, expr: Expr) -> str:
-    if isinstance(view, OnDemand):
-        return digest("on-demand", expr.to_json())
-    source = view.source
-    return digest(source.name, source.time, source.known_at, view.entity_columns, view.max_age, expr.to_json())

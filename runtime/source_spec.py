@@ -1,0 +1,82 @@
+"""What a user declares of a source of rows: names, columns and what is valid in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic.dataclasses import dataclass
+
+from raymill.runtime.expressions import duration_us
+
+VALUE = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+"""Pydantic's settings of every declared value."""
+_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+
+DType = Literal["string", "int64", "float64", "bool", "timestamp"]
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError(
+            f"{name!r}: a name is lower case letters, digits, - and _, at most 63, and begins with a letter"
+        )
+    return name
+
+
+def _checked_duration(text: str) -> str:
+    duration_us(text)
+    return text
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+Duration = Annotated[str, AfterValidator(_checked_duration)]
+
+
+@dataclass(frozen=True, config=VALUE)
+class Col:
+    """What one column of a source must be."""
+
+    dtype: DType
+    """Type of its values; `timestamp` is microseconds, UTC."""
+    nullable: bool = False
+    """Whether a row may lack it."""
+    ge: float | None = None
+    """Smallest valid value."""
+    le: float | None = None
+    """Largest valid value."""
+    one_of: tuple[str, ...] | None = None
+    """The only valid strings, if they are known."""
+
+
+@dataclass(frozen=True, config=VALUE)
+class Source:
+    """A stream of rows with a contract; its rows land in the lake table of the same name."""
+
+    name: Name
+    """Name of the source and of its lake table."""
+    schema: dict[str, Col]
+    """The contract: every column and what is valid in it; other columns are refused."""
+    key: tuple[str, ...] | list[str]
+    """Columns that identify a row; a second row with the same key is quarantined."""
+    time: str
+    """Timestamp column: when the event happened."""
+    known_at: str | None = None
+    """Timestamp column: when the event's values became known; null: never. Absent: at `time`."""
+    read: str | Callable[[], Any] | None = None
+    """A Parquet, CSV or Arrow path, or a function that returns an Arrow table; absent: rows are only sent in."""
+    freshness: Duration | None = None
+    """How old the newest row of a live batch may be when it is ingested, in event time."""
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Source:
+        wanted = [*self.key, self.time, *([self.known_at] if self.known_at else [])]
+        missing = [c for c in wanted if c not in self.schema]
+        if missing:
+            raise ValueError(f"source {self.name!r}: key, time or known_at name {missing}, which its schema lacks")
+        for c in (self.time, self.known_at):
+            if c and self.schema[c].dtype != "timestamp":
+                raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")
+        return self
