@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Col,
         Cost,
         Drills,
+        Feature,
         FeatureView,
         Label,
         Monitor,
@@ -33,8 +34,8 @@ _HOME_OF = {
     "col": "expressions",
 } | dict.fromkeys(
     (
-        "Budget", "Col", "Cost", "Drills", "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline", "Replay", "Serve",
-        "Source", "Stores", "Train",
+        "Budget", "Col", "Cost", "Drills", "Feature", "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline",
+        "Replay", "Serve", "Source", "Stores", "Train",
     ),
     "spec",
 )  # fmt: skip
@@ -45,6 +46,7 @@ __all__ = [
     "Col",
     "Cost",
     "Drills",
+    "Feature",
     "FeatureView",
     "Label",
     "Monitor",

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.source_spec import VALUE, Col, DType, Duration, Name, Source
-from raymill.runtime.view_spec import FeatureView, Label, OnDemand, definitions, feature_hash
+from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 
 __all__ = [
     "Budget",
@@ -22,6 +22,7 @@ __all__ = [
     "Cost",
     "DType",
     "Drills",
+    "Feature",
     "FeatureView",
     "Label",
     "Monitor",
@@ -33,6 +34,7 @@ __all__ = [
     "Stores",
     "Train",
     "definitions",
+    "described",
 ]
 
 
@@ -226,7 +228,7 @@ class Pipeline:
             needs = (
                 view.entity_columns
                 if isinstance(view, FeatureView)
-                else tuple(dict.fromkeys(c for e in view.features.values() for c in e.columns()))
+                else tuple(dict.fromkeys(c for e in definitions(view).values() for c in e.columns()))
             )
             lost = [c for c in needs if c not in row]
             if lost:
@@ -241,6 +243,11 @@ class Pipeline:
     def feature_names(self) -> tuple[str, ...]:
         """`<view>.<feature>` of every model input, in order."""
         return tuple(f"{v.name}.{n}" for v in self.views for n in definitions(v))
+
+    @property
+    def described(self) -> dict[str, Feature]:
+        """Feature name → expression, description, unit, owner, tags and whether it is sensitive."""
+        return {f"{v.name}.{n}": f for v in self.views for n, f in described(v).items()}
 
     @property
     def feature_hashes(self) -> dict[str, str]:
@@ -264,7 +271,7 @@ class Pipeline:
             for c in (
                 view.entity_columns
                 if isinstance(view, FeatureView)
-                else [c for e in view.features.values() for c in e.columns()]
+                else [c for e in definitions(view).values() for c in e.columns()]
             ):
                 found.setdefault(c)
         return tuple(found)

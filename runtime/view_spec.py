@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from raymill.runtime.expressions import Column, Expr, digest
 from raymill.runtime.source_spec import VALUE, Duration, Name, Source
+
+
+@dataclass(frozen=True, config=VALUE)
+class Feature:
+    """An expression, and what people should know of it; `expr` alone decides its value and its version."""
+
+    expr: Expr
+    """How it is computed."""
+    description: str = ""
+    """What it says, in a sentence."""
+    unit: str = ""
+    """Unit of its values, e.g. `min`, `km`, `1`."""
+    owner: str = ""
+    """Who answers for it; absent: the view's owner."""
+    tags: tuple[str, ...] | list[str] = ()
+    """Words to find it by, beside the view's."""
+    sensitive: bool = False
+    """Whether its values are personal or otherwise to be guarded; so is every feature of a sensitive view."""
 
 
 @dataclass(frozen=True, config=VALUE)
@@ -19,12 +39,20 @@ class FeatureView:
     """Where the rows come from."""
     entity: str | tuple[str, ...] | list[str]
     """Columns that say whose feature it is; they stand in the source and in the label or request row."""
-    features: dict[str, Expr] | list[str]
+    features: dict[str, Expr | Feature] | list[str]
     """Name → expression, or just columns of which the newest known value is wanted."""
     max_age: Duration | None = None
     """Newest values older than this, in event time, count as unknown (inclusive)."""
     required: bool = False
     """Whether an entity that was never seen is refused instead of giving nulls."""
+    description: str = ""
+    """What it is about, in a sentence."""
+    owner: str = ""
+    """Who answers for its features."""
+    tags: tuple[str, ...] | list[str] = ()
+    """Words to find its features by."""
+    sensitive: bool = False
+    """Whether the values of all its features are personal or otherwise to be guarded."""
 
     @property
     def entity_columns(self) -> tuple[str, ...]:
@@ -34,7 +62,7 @@ class FeatureView:
     @property
     def definitions(self) -> dict[str, Expr]:
         """Feature name → expression."""
-        return self.features if isinstance(self.features, dict) else {c: Column(c) for c in self.features}
+        return {n: f.expr for n, f in described(self).items()}
 
     @model_validator(mode="after")
     def _columns_exist(self) -> FeatureView:
@@ -54,12 +82,20 @@ class OnDemand:
 
     name: Name
     """Name of the view."""
-    features: dict[str, Expr]
+    features: dict[str, Expr | Feature]
     """Name → row expression over the label source's columns; no windows."""
+    description: str = ""
+    """What it is about, in a sentence."""
+    owner: str = ""
+    """Who answers for its features."""
+    tags: tuple[str, ...] | list[str] = ()
+    """Words to find its features by."""
+    sensitive: bool = False
+    """Whether the values of all its features are personal or otherwise to be guarded."""
 
     @model_validator(mode="after")
     def _rows_only(self) -> OnDemand:
-        for name, expr in self.features.items():
+        for name, expr in definitions(self).items():
             if expr.windows():
                 raise ValueError(f"on-demand feature {self.name}.{name} has a window: put it into a FeatureView")
         return self
@@ -79,7 +115,22 @@ class Label:
 
 def definitions(view: FeatureView | OnDemand) -> dict[str, Expr]:
     """Feature name → expression of either kind of view."""
-    return view.definitions if isinstance(view, FeatureView) else view.features
+    return {n: f.expr for n, f in described(view).items()}
+
+
+def described(view: FeatureView | OnDemand) -> dict[str, Feature]:
+    """Feature name → expression and all that was said of it, the view's owner, tags and sensitivity included."""
+    declared = view.features if isinstance(view.features, dict) else {c: Column(c) for c in view.features}
+    found = {}
+    for name, one in declared.items():
+        own = one if isinstance(one, Feature) else Feature(one)
+        found[name] = replace(
+            own,
+            owner=own.owner or view.owner,
+            tags=tuple(dict.fromkeys([*view.tags, *own.tags])),
+            sensitive=own.sensitive or view.sensitive,
+        )
+    return found
 
 
 def feature_hash(view: FeatureView | OnDemand, expr: Expr) -> str:
@@ -87,4 +138,5 @@ def feature_hash(view: FeatureView | OnDemand, expr: Expr) -> str:
     if isinstance(view, OnDemand):
         return digest("on-demand", expr.to_json())
     source = view.source
-    return digest(source.name, source.time, source.known_at, view.entity_columns, view.max_age, expr.to_json())
+    rows = (source.name, tuple(source.key), source.time, source.known_at)
+    return digest(rows, view.entity_columns, view.max_age, expr.to_json())

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from raymill.runtime import Col, Cost, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train, col
+from raymill.runtime import Col, Cost, Feature, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train, col
 
 ROWS = Source(
     "rows",
@@ -38,6 +38,32 @@ def test_a_features_hash_changes_with_its_definition_only():
     same = a_pipeline(train=Train(lambda n: None, epochs=9)).feature_hashes["past.mean"]
     other = FeatureView("past", ROWS, entity="who", features={"mean": col("v").mean("2d")})
     assert one == same != a_pipeline(views=[other]).feature_hashes["past.mean"]
+
+
+def test_what_is_said_of_a_feature_changes_neither_its_hash_nor_its_expression():
+    mean = col("v").mean("1d")
+    plain = a_pipeline()
+    told = a_pipeline(
+        views=[
+            FeatureView(
+                "past",
+                ROWS,
+                entity="who",
+                features={
+                    "mean": Feature(mean, description="Mean of v", unit="EUR", tags=["money", "past"]),
+                    "last": Feature(col("v"), owner="ben", sensitive=True),
+                },
+                owner="ana",
+                tags=["past"],
+            ),
+            OnDemand("clock", {"hour": col("t").hour()}, sensitive=True),
+        ]
+    )
+    assert told.feature_hashes["past.mean"] == plain.feature_hashes["past.mean"]
+    assert told.described["past.mean"] == Feature(mean, "Mean of v", "EUR", "ana", ("past", "money"))
+    assert told.described["past.last"] == Feature(col("v"), owner="ben", tags=("past",), sensitive=True)
+    assert told.described["clock.hour"].sensitive
+    assert plain.described["past.mean"] == Feature(mean)
 
 
 @pytest.mark.parametrize(
