@@ -11,22 +11,21 @@ Invariants
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
-from raymill.actors.contract import Checked, KeyIndex, check, event_times, json_rows, key_hashes, key_tuples
+from raymill.actors.contract import Checked, KeyIndex, check, json_rows, key_hashes, key_tuples
 from raymill.actors.lake import Lake
+from raymill.actors.row_refs import shared, table_of
+from raymill.actors.sources import between, file_batches, read_rows
 from raymill.runtime.errors import Conflict, ContractError, SpecError
 from raymill.runtime.expressions import digest
 from raymill.runtime.home import Home
@@ -47,8 +46,6 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 SEEDED = "seeded-"
 """Batches whose id begins so hold rows that were corrupted on purpose; `tally` counts them apart."""
-FILE_BATCH_ROWS = 131_072
-"""Rows of one batch of a large file; part of the batch's id, so that a retry cuts the file at the same places."""
 
 _RESERVED = (QUARANTINE, "predictions")
 
@@ -97,7 +94,7 @@ class DataActor:
             StoreError: the lake can not be written; sending the batch again is safe.
         """
         declared = self._declared(source)
-        table = _table(rows)
+        table = table_of(rows)
         with self._lock:
             appended = self._lake.batch_rows(source, batch_id)
             if appended is None:
@@ -115,7 +112,7 @@ class DataActor:
                 accepted=checked.accepted.num_rows,
                 quarantined=_counted(checked.rejected),
                 duplicate=appended is not None,
-                rows_ref=_shared(checked.accepted),
+                rows_ref=shared(checked.accepted),
             )
             self._tell(done, at)
         return done
@@ -128,10 +125,8 @@ class DataActor:
         Raises:
             ContractError: the file is missing, of another kind, or does not fit the source.
         """
-        where = Path(path)
-        prefix = f"{where.name}-{_fingerprint(where)}"
-        batches = read_batches(where, self._declared(source))
-        return [self.ingest(source, rows, batch_id=f"{prefix}-{i}") for i, rows in enumerate(batches)]
+        batches = file_batches(Path(path), self._declared(source))
+        return [self.ingest(source, rows, batch_id=batch_id) for batch_id, rows in batches]
 
     def load_history(self, source: str, until: int) -> Ingested:
         """Ingest, as one batch, what the source's `read` gives with event times before `until` (µs UTC).
@@ -260,94 +255,6 @@ class DataActor:
                 )
             ]
         )
-
-
-def read_rows(source: Source) -> pa.Table:
-    """All rows that the source's `read` gives, unchecked.
-
-    Raises:
-        ContractError: the source has no `read`, or it gives no Arrow table.
-    """
-    if source.read is None:
-        raise ContractError(f"source {source.name!r} declares no `read`: its rows are only sent in")
-    rows = source.read() if callable(source.read) else pa.concat_tables(read_batches(Path(source.read), source))
-    if not isinstance(rows, pa.Table):
-        raise ContractError(f"`read` of source {source.name!r} gave {type(rows).__name__}: return an Arrow table")
-    return rows
-
-
-def between(rows: pa.Table, source: Source, start_at: int | None, end_at: int | None) -> pa.Table:
-    """The rows with event time in [start_at, end_at), µs UTC; an absent end is open.
-
-    Rows whose time is null or unreadable go with the slice that has no start, so that each row is in one slice.
-    """
-    times = event_times(rows, source)
-    wanted = times.is_valid() if start_at is not None else pa.array(np.ones(rows.num_rows, np.bool_))
-    if start_at is not None:
-        wanted = pc.and_(wanted, pc.fill_null(pc.greater_equal(times, pa.scalar(start_at, times.type)), False))
-    if end_at is not None:
-        wanted = pc.and_(wanted, pc.fill_null(pc.less(times, pa.scalar(end_at, times.type)), start_at is None))
-    return rows.filter(wanted).combine_chunks()
-
-
-def read_batches(path: Path, source: Source) -> Iterator[pa.Table]:
-    """A Parquet, CSV or Arrow file in tables of `FILE_BATCH_ROWS` (the last may be shorter), in the file's order.
-
-    Raises:
-        ContractError: the file is missing, damaged, or of another kind.
-    """
-    waiting: list[pa.RecordBatch] = []
-    try:
-        for batch in _record_batches(path, source):
-            waiting.append(batch)
-            while sum(b.num_rows for b in waiting) >= FILE_BATCH_ROWS:
-                table = pa.Table.from_batches(waiting)
-                yield table.slice(0, FILE_BATCH_ROWS)
-                waiting = table.slice(FILE_BATCH_ROWS).to_batches()
-    except (OSError, pa.ArrowInvalid) as err:
-        raise ContractError(f"{path} for source {source.name!r} can not be read: {err}") from err
-    if waiting:
-        yield pa.Table.from_batches(waiting)
-
-
-def _record_batches(path: Path, source: Source) -> Iterator[pa.RecordBatch]:
-    if path.suffix == ".parquet":
-        yield from pq.ParquetFile(path).iter_batches(FILE_BATCH_ROWS)
-    elif path.suffix == ".csv":
-        # All text: the contract parses, so that one bad value costs its row and not the file.
-        texts = dict.fromkeys(source.schema, pa.string())
-        options = pacsv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
-        yield from pacsv.open_csv(path, convert_options=options)
-    elif path.suffix in (".arrow", ".feather", ".ipc"):
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        raise ContractError(f"{path} for source {source.name!r}: only .parquet, .csv, .arrow, .feather, .ipc are read")
-
-
-def _fingerprint(path: Path) -> str:
-    try:
-        facts = path.stat()
-    except OSError as err:
-        raise ContractError(f"{path} can not be read: {err}") from err
-    return digest(path.name, facts.st_size, facts.st_mtime_ns)
-
-
-def _table(rows: Any) -> pa.Table:
-    if isinstance(rows, pa.RecordBatch):
-        return pa.Table.from_batches([rows])
-    ray = sys.modules.get("ray")
-    if ray is not None and isinstance(rows, ray.ObjectRef):
-        rows = ray.get(rows)
-    if not isinstance(rows, pa.Table):
-        raise ContractError(f"rows must be an Arrow table, not {type(rows).__name__}")
-    return rows
-
-
-def _shared(rows: pa.Table) -> Any:
-    """A reference in the object store; without Ray the table itself."""
-    ray = sys.modules.get("ray")
-    return ray.put(rows) if ray is not None and ray.is_initialized() else rows
 
 
 def _pairs(rejected: pa.Table) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ Invariants
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from raymill.actors.lake import Lake
 from raymill.actors.observed import key_texts
 from raymill.actors.online import KEEP, OnlineReader, OnlineStore
 from raymill.actors.point_in_time import History, join
+from raymill.actors.row_refs import shared, table_of
 from raymill.actors.windows import NEVER, warm
 from raymill.runtime.errors import Conflict
 from raymill.runtime.expressions import digest, duration_us
@@ -98,11 +98,11 @@ class FeatureActor:
         if source not in self._plan.sources:
             return
         if self._store.horizon() is not None:
-            self._store.ingest(source, _table(rows))
+            self._store.ingest(source, table_of(rows))
         elif lake_version is not None and self._store.lake_version(source) < lake_version - 1:
             self._catch_up(source, lake_version, None)
         else:
-            self._store.ingest(source, _table(rows), lake_version=lake_version)
+            self._store.ingest(source, table_of(rows), lake_version=lake_version)
 
     def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
         """Online feature vectors of request rows, float32 [rows, features]; errors as in `OnlineReader.vectors`."""
@@ -168,7 +168,7 @@ class FeatureActor:
         data = {"manifest": asdict(manifest), "plan": json.loads(self._plan.to_json()), **counts}
         self._tell("training_set.made", known_until, data, key=key)
         return TrainingSet(
-            manifest=manifest, train_ref=_shared(whole.slice(0, cut)), evaluate_ref=_shared(whole.slice(cut))
+            manifest=manifest, train_ref=shared(whole.slice(0, cut)), evaluate_ref=shared(whole.slice(cut))
         )
 
     def _labelled(
@@ -228,15 +228,3 @@ class FeatureActor:
 
 def _moment(us: int) -> datetime:
     return _EPOCH + timedelta(microseconds=us)
-
-
-def _table(rows: Any) -> pa.Table:
-    ray = sys.modules.get("ray")
-    return ray.get(rows) if ray is not None and isinstance(rows, ray.ObjectRef) else rows
-
-
-def _shared(rows: pa.Table) -> Any:
-    """The rows as an Arrow reference in Ray's object store; without Ray, themselves."""
-    ray = sys.modules.get("ray")
-    rows = rows.combine_chunks()
-    return ray.put(rows) if ray is not None and ray.is_initialized() else rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from raymill.actors.data import DataActor, read_rows
+from raymill.actors.data import DataActor
 from raymill.actors.drift import DriftMonitor
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
@@ -16,6 +16,7 @@ from raymill.actors.gang import NodeKind
 from raymill.actors.ranks import Owner
 from raymill.actors.rollout import ModelSpec, from_user_config, spec_of
 from raymill.actors.scheduler import MAX_CONCURRENCY, GpuPoolScheduler, RemoteScheduler
+from raymill.actors.sources import read_rows
 from raymill.actors.training import Gang
 from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session

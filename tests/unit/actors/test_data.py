@@ -10,13 +10,11 @@ import time
 from collections import Counter
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 import pytest
 
 from raymill.actors import data
 from raymill.actors.contract import arrow_schema
-from raymill.actors.data import DataActor, between, read_rows
+from raymill.actors.data import DataActor
 from raymill.actors.lake import Lake
 from raymill.runtime.errors import Conflict, ContractError, SpecError
 from raymill.runtime.spec import Col, Source
@@ -180,56 +178,6 @@ def test_kill_9_at_any_moment_then_a_blind_retry_loses_and_doubles_nothing(tmp_p
     assert ids(tmp_path) == list(range(50 * last))
     bad = Counter(zip(*(actor.quarantine()[c].to_pylist() for c in ("batch_id", "reason")), strict=True))
     assert bad == {(f"b{n}", why): 1 for n in range(last) for why in ("duplicate_key", "range:value")}
-
-
-@pytest.mark.parametrize("kind", ["parquet", "csv", "arrow"])
-def test_a_large_file_comes_in_by_batches_and_a_second_try_doubles_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "FILE_BATCH_ROWS", 4)
-    path, sent = tmp_path / f"file.{kind}", pa.concat_tables([rows(*range(10)), rows(10, value=-1)])
-    if kind == "parquet":
-        pq.write_table(sent, path)
-    elif kind == "csv":
-        pacsv.write_csv(sent, path)
-    else:
-        with pa.ipc.new_file(path, sent.schema) as writer:
-            writer.write_table(sent)
-    actor = started(tmp_path)
-    assert [(d.accepted, d.duplicate) for d in actor.ingest_path("readings", path)] == [
-        (4, False),
-        (4, False),
-        (2, False),
-    ]
-    assert [(d.accepted, d.duplicate) for d in actor.ingest_path("readings", path)] == [(4, True), (4, True), (2, True)]
-    assert ids(tmp_path) == list(range(10))
-    assert actor.quarantine()["reason"].to_pylist() == ["range:value"]
-
-
-def test_a_file_that_can_not_be_read_is_told(tmp_path):
-    actor = started(tmp_path)
-    (tmp_path / "broken.parquet").write_bytes(b"nonsense")
-    (tmp_path / "notes.txt").write_text("x")
-    for name in ("broken.parquet", "notes.txt", "absent.csv"):
-        with pytest.raises(ContractError, match=name):
-            actor.ingest_path("readings", tmp_path / name)
-    assert Lake(tmp_path / "lake").tables() == []
-
-
-def test_history_is_what_lies_before_a_moment_and_rows_without_a_time_go_with_it(tmp_path):
-    texts = pa.table(
-        {
-            "id": ["1", "2", "3", "4"],
-            "time": ["1970-01-01T00:00:01Z", "soon", None, "1970-01-01T00:00:04Z"],
-            "value": ["1"] * 4,
-        }
-    )
-    told = source(read=lambda: texts)
-    actor = started(tmp_path, sources=[told])
-    done = actor.load_history("readings", 4 * SECOND_US)
-    assert (done.accepted, done.quarantined) == (1, {"null:time": 1, "type:time": 1})
-    assert actor.load_history("readings", 4 * SECOND_US).duplicate
-    assert between(texts, told, 4 * SECOND_US, None)["id"].to_pylist() == ["4"]
-    with pytest.raises(ContractError, match="read"):
-        read_rows(source())
 
 
 def test_seeded_rows_and_rows_without_label_are_counted_apart(tmp_path):
