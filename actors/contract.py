@@ -11,17 +11,16 @@ Invariants
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymill.actors.keys import repeats
 from raymill.runtime.errors import ContractError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.spec import Col, Source
@@ -102,66 +101,6 @@ def event_times(rows: pa.Table, source: Source) -> pa.Array:
     if source.time not in rows.column_names or not _readable(rows.schema.field(source.time).type, wanted):
         raise ContractError(f"rows of source {source.name!r} need their event times in a column {source.time!r}")
     return _as_type(rows[source.time].combine_chunks(), wanted)[0]
-
-
-class KeyIndex:
-    """The keys accepted so far as 64-bit hashes, 8 bytes each: a fast no, and a maybe that its owner confirms.
-
-    Two keys may share a hash (n keys: about n² / 2⁶⁵ pairs), so a hit alone never makes a row a duplicate.
-    """
-
-    MERGE_AT = 65_536
-    """Fresh hashes wait in a set up to this many, so that a small batch does not sort the whole index anew."""
-
-    def __init__(self) -> None:
-        self._sorted = np.empty(0, np.uint64)
-        self._fresh: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._fresh)
-
-    def add(self, hashes: np.ndarray) -> None:
-        """Take in the hashes [n] of accepted keys."""
-        if len(self._fresh) + len(hashes) < self.MERGE_AT:
-            self._fresh.update(hashes.tolist())
-            return
-        fresh = np.fromiter(self._fresh, np.uint64, len(self._fresh))
-        self._sorted = np.unique(np.concatenate([self._sorted, fresh, hashes]))
-        self._fresh = set()
-
-    def maybe(self, hashes: np.ndarray) -> np.ndarray:
-        """Bool [n]: false where the key is certainly new."""
-        found = np.fromiter((h in self._fresh for h in hashes.tolist()), np.bool_, len(hashes))
-        if len(self._sorted):
-            place = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
-            found |= self._sorted[place] == hashes
-        return found
-
-
-def key_hashes(keys: pa.Table) -> np.ndarray:
-    """64-bit hash [n] of each row; equal rows have equal hashes on every machine and day."""
-    mixed = np.full(keys.num_rows, 0x9E3779B97F4A7C15, np.uint64)
-    for column in keys.columns:
-        mixed = _mix(mixed ^ _column_words(column.combine_chunks()))
-    return mixed
-
-
-def repeats(keys: pa.Table) -> np.ndarray:
-    """Bool [n]: true where an earlier row has the same key (compared by value, not by hash)."""
-    hashes = key_hashes(keys)
-    found = np.zeros(keys.num_rows, np.bool_)
-    _, group, size = np.unique(hashes, return_inverse=True, return_counts=True)
-    suspects = np.flatnonzero(size[group] > 1)
-    seen: set[tuple[Any, ...]] = set()
-    for i, key in zip(suspects.tolist(), key_tuples(keys.take(suspects)), strict=True):
-        found[i] = key in seen
-        seen.add(key)
-    return found
-
-
-def key_tuples(keys: pa.Table) -> list[tuple[Any, ...]]:
-    """Each row as a tuple of plain values."""
-    return list(zip(*(c.to_pylist() for c in keys.columns), strict=True))
 
 
 def json_rows(rows: pa.Table) -> list[str]:
@@ -274,24 +213,3 @@ def _rejected(rows: pa.Table, reasons: np.ndarray, where: np.ndarray) -> pa.Tabl
     if not len(where):
         return REJECTED_SCHEMA.empty_table()
     return pa.table([json_rows(rows.take(where)), reasons[where].tolist()], schema=REJECTED_SCHEMA)
-
-
-def _column_words(values: pa.Array) -> np.ndarray:
-    """One uint64 per value."""
-    if pa.types.is_string(values.type):
-        coded = values.dictionary_encode()
-        seen = coded.dictionary.to_pylist()
-        words = np.array(
-            [int.from_bytes(hashlib.blake2b(v.encode(), digest_size=8).digest()) for v in seen] + [1], np.uint64
-        )
-        return words[coded.indices.fill_null(len(seen)).to_numpy(False)]
-    if pa.types.is_floating(values.type):
-        values = pc.add(values, 0.0).view(pa.int64())  # −0 and 0 are one key
-    return _mix(values.cast(pa.int64()).fill_null(0).to_numpy(False).view(np.uint64))
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's finisher: every bit of the input moves every bit of the output."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymill.actors.contract import Checked, KeyIndex, check, json_rows, key_hashes, key_tuples
+from raymill.actors.contract import Checked, check, json_rows
+from raymill.actors.keys import KeyIndex, key_hashes, key_tuples
 from raymill.actors.lake import Lake
 from raymill.actors.row_refs import shared, table_of
 from raymill.actors.sources import between, file_batches, read_rows
