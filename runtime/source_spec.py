@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from raymill.runtime.expressions import duration_us
@@ -31,6 +31,20 @@ def _checked_duration(text: str) -> str:
     return text
 
 
+def _checked_place(place: str) -> str:
+    if "://" not in place and not place.startswith("/"):
+        raise ValueError(f"{place!r}: give an absolute path or a URL, since actors have another working directory")
+    return place
+
+
+def _checked_redis(url: str) -> str:
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError(f"{url!r}: a Redis URL begins with redis://, rediss:// or unix://")
+    if ":" in url.split("://", 1)[1].rpartition("@")[0]:
+        raise ValueError("a Redis URL must not hold a password: put it into the environment, RAYMILL_REDIS_PASSWORD")
+    return url
+
+
 Name = Annotated[str, AfterValidator(_checked_name)]
 Duration = Annotated[str, AfterValidator(_checked_duration)]
 
@@ -52,6 +66,40 @@ class Col:
 
 
 @dataclass(frozen=True, config=VALUE)
+class Directory:
+    """A folder that is watched: each complete file in it is taken once, by name, size and time of change."""
+
+    path: Annotated[str, AfterValidator(_checked_place)]
+    """Absolute path, or URL such as `s3://bucket/rows`."""
+    pattern: str = "*"
+    """Names that count, e.g. `*.parquet`; those that begin with `.` or `_` never do."""
+    settle: Duration = "2s"
+    """How long a CSV file must not have changed before it is taken; Parquet and Arrow files show their end."""
+
+
+@dataclass(frozen=True, config=VALUE)
+class DeltaTable:
+    """Another team's Delta table, followed version by version; its appended rows are taken, once."""
+
+    path: Annotated[str, AfterValidator(_checked_place)]
+    """Absolute path, or URL such as `s3://bucket/table`."""
+    version: Annotated[int, Field(ge=0)] | None = None
+    """Take this version alone, and no later one; absent: the newest, and then every append."""
+
+
+@dataclass(frozen=True, config=VALUE | ConfigDict(hide_input_in_errors=True))
+class RedisStream:
+    """A stream on a Redis server; each entry is one row, its fields the columns."""
+
+    url: Annotated[str, AfterValidator(_checked_redis)]
+    """`redis://`, `rediss://` (TLS) or `unix://` URL; the password comes from RAYMILL_REDIS_PASSWORD."""
+    stream: str
+    """Key of the stream."""
+    group: str = "raymill"
+    """Consumer group; each group gets every entry."""
+
+
+@dataclass(frozen=True, config=VALUE)
 class Source:
     """A stream of rows with a contract; its rows land in the lake table of the same name."""
 
@@ -65,8 +113,9 @@ class Source:
     """Timestamp column: when the event happened."""
     known_at: str | None = None
     """Timestamp column: when the event's values became known; null: never. Absent: at `time`."""
-    read: str | Callable[[], Any] | None = None
-    """A Parquet, CSV or Arrow path, or a function that returns an Arrow table; absent: rows are only sent in."""
+    read: str | Directory | DeltaTable | RedisStream | Callable[[], Any] | None = None
+    """A Parquet, CSV or Arrow file (path or URL), a function that returns an Arrow table, or what `raymill feed`
+    follows: a `Directory`, `DeltaTable` or `RedisStream`; absent: rows are only sent in."""
     freshness: Duration | None = None
     """How old the newest row of a live batch may be when it is ingested, in event time."""
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from raymill.runtime.expressions import duration_us
-from raymill.runtime.source_spec import VALUE, Col, DType, Duration, Name, Source
+from raymill.runtime.source_spec import VALUE, Col, DeltaTable, Directory, DType, Duration, Name, RedisStream, Source
 from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "Col",
     "Cost",
     "DType",
+    "DeltaTable",
+    "Directory",
     "Drills",
     "Feature",
     "FeatureView",
@@ -28,6 +30,7 @@ __all__ = [
     "Monitor",
     "OnDemand",
     "Pipeline",
+    "RedisStream",
     "Replay",
     "Serve",
     "Source",

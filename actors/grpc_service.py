@@ -1,0 +1,248 @@
+"""gRPC of the Open Inference Protocol, answered in the replica, by the gRPC server that Serve starts there.
+
+Serve's proxy (HAProxy) sends the calls to the replicas' own gRPC servers and asks `add_to_server` for what they offer.
+There it is registered as a service that the server itself executes, not as one that Serve turns into calls of a
+deployment; what Serve would have counted is counted for it.
+
+Invariants
+- A call gets the answer that the same tensor gets over HTTP: both go through `Service.submit`.
+- A caller from another host is refused: Serve lets replicas listen on every interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+import grpc
+import orjson
+
+from raymill.actors import asgi, oip_grpc
+from raymill.actors.answering import Call
+from raymill.actors.asgi import Reply
+from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
+from raymill.actors.lane import Ticket
+from raymill.actors.models import LoadedModel
+from raymill.actors.open_inference_pb2 import (
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    ModelReadyRequest,
+    ModelReadyResponse,
+    ModelStreamInferResponse,
+    ServerLiveRequest,
+    ServerLiveResponse,
+    ServerMetadataRequest,
+    ServerReadyRequest,
+    ServerReadyResponse,
+)
+from raymill.actors.serve_accounts import GONE, ServeAccounts, open_access_log
+from raymill.runtime.errors import RaymillError, Unavailable
+
+_log = logging.getLogger(__name__)
+
+SERVICE = "inference.GRPCInferenceService"
+VERSION = "0.1.0"
+
+_CODES = {
+    200: grpc.StatusCode.OK,
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    GONE: grpc.StatusCode.CANCELLED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+Context = Any  # grpc.aio.ServicerContext, which has no types
+
+
+class Service(Protocol):
+    """What answers: the serving replica."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model has a version that answers."""
+
+    def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
+        """Have a call answered; `done` gets the reply on the event loop, perhaps before this returns."""
+
+    def model(self, name: str) -> LoadedModel:
+        """A served model; UnknownModel if there is none."""
+
+    def versions_of(self, name: str, version: str | None) -> LoadedModel:
+        """The same, and UnknownVersion if it has not that version."""
+
+
+_here: list[Service] = []
+
+
+def answer_with(service: Service) -> None:
+    """Have this process's gRPC server answer with that replica; the newest counts."""
+    _here[:] = [service]
+
+
+def add_to_server(_: Any, server: Any) -> None:
+    """Offer the service on a gRPC server of Serve's (`grpc_servicer_functions`)."""
+    if hasattr(server, "add_passthrough_service"):
+        server.add_passthrough_service(SERVICE)
+    methods = _Methods(_accounts(server))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods.handlers()),))
+
+
+class _Methods:
+    """The seven methods."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """By name; `ModelInfer` gets and gives bytes."""
+        unary = grpc.unary_unary_rpc_method_handler
+        simple: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
+            "ServerLive": (lambda _: ServerLiveResponse(live=True), ServerLiveRequest),
+            "ServerReady": (lambda _: ServerReadyResponse(ready=_service().is_ready), ServerReadyRequest),
+            "ServerMetadata": (lambda _: oip_grpc.server_metadata(VERSION), ServerMetadataRequest),
+            "ModelReady": (_model_ready, ModelReadyRequest),
+            "ModelMetadata": (_model_metadata, ModelMetadataRequest),
+        }
+        found = {
+            name: unary(_asked(answer), request_deserializer=kind.FromString, response_serializer=_bytes)
+            for name, (answer, kind) in simple.items()
+        }
+        found["ModelInfer"] = unary(self.infer)
+        found["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream, response_serializer=_bytes)
+        return found
+
+    async def infer(self, request: bytes, context: Context) -> bytes:
+        """`ModelInfer`: a message in, a message out."""
+        refusal = _refused(context)
+        reply = refusal if refusal is not None else await self._answer(request)
+        if reply.status != 200:
+            await context.abort(_code(reply.status), _words(reply))
+        return reply.body
+
+    async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[ModelStreamInferResponse]:
+        """`ModelStreamInfer`: answers in the order of the requests, of which `PIPELINED` may be under way."""
+        refusal = _refused(context)
+        if refusal is not None:
+            await context.abort(_code(refusal.status), _words(refusal))
+        under_way: deque[asyncio.Task[Reply]] = deque()
+        try:
+            async for request in requests:
+                under_way.append(asyncio.ensure_future(self._answer(request)))
+                while under_way and (len(under_way) > PIPELINED or under_way[0].done()):
+                    yield _streamed(await under_way.popleft())
+            while under_way:
+                yield _streamed(await under_way.popleft())
+        finally:
+            for task in under_way:
+                task.cancel()
+
+    async def _answer(self, request: bytes) -> Reply:
+        """The reply; a caller who leaves is not computed for."""
+        begun, status = time.perf_counter(), GONE
+        self._accounts.begin()
+        ticket: Ticket | None = None
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        try:
+            ticket = _submit(request, lambda reply: None if future.done() else future.set_result(reply))
+            reply = await future
+            status = reply.status
+            return reply
+        finally:
+            if ticket is not None:
+                ticket.left = True
+            self._accounts.end(status, time.perf_counter() - begun, "", "ModelInfer")
+
+
+def _submit(request: bytes, done: Callable[[Reply], None]) -> Ticket | None:
+    try:
+        return _service().submit(oip_grpc.GrpcCall.of(request), done)
+    except RaymillError as err:
+        done(asgi.error_reply(err))
+        return None
+
+
+def _service() -> Service:
+    if not _here:
+        raise Unavailable("gRPC is answered by replicas that have started, and this process has none")
+    return _here[0]
+
+
+def _model_ready(request: ModelReadyRequest) -> ModelReadyResponse:
+    model = _service().versions_of(request.name, request.version or None)
+    return ModelReadyResponse(ready=model.is_ready(int(request.version) if request.version else None))
+
+
+def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:
+    model = _service().versions_of(request.name, request.version or None)
+    return oip_grpc.model_metadata(model.spec, sorted(model.programs))
+
+
+def _asked(answer: Callable[[Any], Any]) -> Callable[[Any, Context], Any]:
+    """A method that knows its answer at once."""
+
+    async def method(request: Any, context: Context) -> Any:
+        refusal = _refused(context)
+        try:
+            if refusal is None:
+                return answer(request)
+        except RaymillError as err:
+            refusal = asgi.error_reply(err)
+        await context.abort(_code(refusal.status), _words(refusal))
+
+    return method
+
+
+def _streamed(reply: Reply) -> ModelStreamInferResponse:
+    if reply.status == 200:
+        return ModelStreamInferResponse(infer_response=ModelInferResponse.FromString(reply.body))
+    return ModelStreamInferResponse(error_message=_words(reply))
+
+
+def _code(status: int) -> grpc.StatusCode:
+    return _CODES.get(status, grpc.StatusCode.INTERNAL)
+
+
+def _words(reply: Reply) -> str:
+    told = orjson.loads(reply.body)
+    return f"{told['error']} ({told['remedy']})"
+
+
+def _refused(context: Context) -> Reply | None:
+    if _is_local(context.peer()):
+        return None
+    return asgi.error_reply(Unavailable("this port answers the proxy on its own host alone: call the proxy's"))
+
+
+@lru_cache(1024)
+def _is_local(peer: str) -> bool:
+    """Whether `ipv4:127.0.0.1:5000`, `ipv6:[::1]:5000` or `unix:…` is of this host."""
+    kind, _, rest = peer.partition(":")
+    return kind == "unix" or asgi.is_local(unquote(rest).rpartition(":")[0].strip("[]"))
+
+
+def _bytes(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _accounts(server: Any) -> Accounts:
+    """Books of the Serve replica whose server this is; of a proxy's or another's: none."""
+    replica = getattr(getattr(server, "service_handler_factory", None), "__self__", None)
+    if not hasattr(replica, "_metrics_manager"):
+        return NoAccounts()
+    open_access_log()
+    try:
+        return ServeAccounts(replica, f"/{SERVICE}/ModelInfer", lambda status: _code(status).name)
+    except Exception as err:  # noqa: BLE001 - Serve's insides: the calls are answered, and the log says what is not counted
+        _log.warning("gRPC calls are not counted for Serve: %s: %s", type(err).__name__, err)
+        return NoAccounts()
