@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check soak up down install bench bench-peers lock clean
+.PHONY: run test check soak up down install bench bench-peers proto lock clean
 
 run: install            ## the whole loop on real data; leaves nothing running
 	$(BIN)/raymill run jobs/flights.py
@@ -44,6 +44,9 @@ bench-peers:            ## what we measure ourselves against, each in a venv of 
 	  test -e $$venv/.installed && test ! $$peer -nt $$venv/.installed && continue; \
 	  $(PYTHON) -m venv $$venv && $$venv/bin/pip install --quiet --requirement $$peer && touch $$venv/.installed || exit 1; \
 	done
+
+proto:                  ## write actors/open_inference_pb2.py anew; needs grpcio-tools
+	$(BIN)/python -m grpc_tools.protoc -I actors --python_out=actors --pyi_out=actors actors/open_inference.proto
 
 lock:                   ## write requirements.lock anew from what .venv holds
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -e '^pip==' -e '^raymill' > requirements.lock

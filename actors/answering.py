@@ -1,4 +1,4 @@
-"""The two requests that predict, from body to question and from answer to body; pure, the same for every lane.
+"""The requests that predict over HTTP, from body to question and from answer to body; pure, the same for every lane.
 
 Invariant: what is answered depends on the call alone, never on the lane it came by.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -22,9 +23,24 @@ Write = Callable[[Answer], Reply]
 """Writes what a caller gets."""
 
 
+class Call(Protocol):
+    """A request to predict, its bytes read."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model asked."""
+
+    def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
+        """What is asked, and how to write the answer.
+
+        Raises:
+            RaymillError: this is no request for this model, or it names a version that can not be.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A request to predict, its body read."""
+class HttpCall:
+    """A request to predict over HTTP."""
 
     model: str
     """Name in the path."""
@@ -36,14 +52,9 @@ class Call:
     """Names in lower case."""
     body: bytes
 
-
-def read(call: Call, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
-    """What is asked, and how to write the answer.
-
-    Raises:
-        RaymillError: the body is not such a request for this model, or names a version that can not be.
-    """
-    return _read_infer(call, model.spec, now_us) if call.infer else _read_rows(call, model.spec, now_us)
+    def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
+        """As `Call.read`."""
+        return _read_infer(self, model.spec, now_us) if self.infer else _read_rows(self, model.spec, now_us)
 
 
 def rows_of(body: bytes, headers: Mapping[str, str], spec: ModelSpec, now_us: int) -> wire.Rows:
@@ -66,11 +77,25 @@ def version_of(text: str | None) -> int | None:
     return int(text)
 
 
+def question_of(infer: Infer, pinned: int | None, now_us: int) -> Question:
+    """The question of a request with ready features."""
+    rows = len(infer.x)
+    return Question(
+        ids=infer.ids,
+        at=np.array([now_us]) if rows == 1 else np.full(rows, now_us, dtype=np.int64),
+        keys=[None] * rows,
+        texts=[None] * rows,
+        x=infer.x,
+        pinned=pinned,
+        together=True,
+    )
+
+
 def _is_arrow(headers: Mapping[str, str]) -> bool:
     return headers.get("content-type", "").startswith(wire.ARROW_STREAM)
 
 
-def _read_rows(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
+def _read_rows(call: HttpCall, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
     rows = rows_of(call.body, call.headers, spec, now_us)
     question = Question(
         ids=rows.ids,
@@ -85,18 +110,10 @@ def _read_rows(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Writ
     return question, partial(_write_arrow if arrow else _write_json, spec)
 
 
-def _read_infer(call: Call, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
+def _read_infer(call: HttpCall, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
     infer = oip.read_infer(call.body, call.headers.get("inference-header-content-length"), spec)
-    rows = len(infer.x)
-    question = Question(
-        ids=infer.ids,
-        at=np.array([now_us]) if rows == 1 else np.full(rows, now_us, dtype=np.int64),
-        keys=[None] * rows,
-        texts=[None] * rows,
-        x=infer.x,
-        pinned=version_of(call.version or call.headers.get("x-raymill-version")),
-        together=True,
-    )
+    pinned = version_of(call.version or call.headers.get("x-raymill-version"))
+    question = question_of(infer, pinned, now_us)
     return question, partial(_write_infer, spec, infer)
 
 

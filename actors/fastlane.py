@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from raymill.actors import asgi, http_head
-from raymill.actors.answering import Call
+from raymill.actors.answering import Call, HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.http_head import Head
 from raymill.actors.lane import Ticket
@@ -261,7 +261,9 @@ class FastLane(HttpToolsProtocol):
         fast.requests += 1
         if fast.accounts is not None:
             fast.accounts.begin()
-        due.ticket = fast.service.submit(Call(head.model, head.infer, head.version, head.headers, body), due.answered)
+        due.ticket = fast.service.submit(
+            HttpCall(head.model, head.infer, head.version, head.headers, body), due.answered
+        )
 
     def _turn(self, data: bytes) -> None:
         """These bytes are uvicorn's, once the replies before them have left."""

@@ -87,6 +87,10 @@ class LoadedModel:
         """Whether a version answers."""
         return any(r.role.answers and r.weight > 0 for r in self.routes)
 
+    def is_ready(self, version: int | None) -> bool:
+        """Whether it answers, or that version of it is loaded."""
+        return self.ready if version is None else version in self.programs
+
     def check(self, question: Question) -> None:
         """Refuse what can not be answered, before it waits.
 

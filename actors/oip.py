@@ -87,8 +87,12 @@ def read_infer(body: bytes, json_length: str | None, spec: ModelSpec) -> Infer:
     if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= MAX_ID_LENGTH):
         raise RequestError(f"'id' must be a string of at most {MAX_ID_LENGTH} characters")
     tensor = _only_input(document, spec)
-    x = _values(tensor, _shape(tensor, spec), raw)
-    binary = _wants_binary(document, spec)
+    x = _values(tensor, check_shape(tensor.get("shape"), spec), raw)
+    return infer_of(x, request_id, _wants_binary(document, spec))
+
+
+def infer_of(x: npt.NDArray[np.float32], request_id: str | None, binary: bool) -> Infer:
+    """A request to infer, with prediction ids of its own."""
     prediction_id = new_ids(1)[0]
     ids = [prediction_id] if len(x) == 1 else [f"{prediction_id}/{i}" for i in range(len(x))]
     return Infer(x, ids, prediction_id, request_id, binary)
@@ -125,16 +129,31 @@ def _only_input(document: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise RequestError(f"'inputs' must be a list of one tensor, {INPUT!r} FP32 [-1, {len(spec.inputs)}]")
-    tensor = inputs[0]
-    if tensor.get("name") != INPUT:
-        raise RequestError(f"the input is named {tensor.get('name')!r}: model {spec.name!r} takes {INPUT!r}")
-    if tensor.get("datatype") != "FP32":
-        raise RequestError(f"the input's datatype is {tensor.get('datatype')!r}: model {spec.name!r} takes 'FP32'")
+    tensor: dict[str, Any] = inputs[0]
+    check_input(tensor.get("name"), tensor.get("datatype"), spec)
     return tensor
 
 
-def _shape(tensor: dict[str, Any], spec: ModelSpec) -> tuple[int, int]:
-    shape, width = tensor.get("shape"), len(spec.inputs)
+def check_input(name: Any, datatype: Any, spec: ModelSpec) -> None:
+    """Refuse a tensor that is not the model's input.
+
+    Raises:
+        RequestError: it has another name or type.
+    """
+    if name != INPUT:
+        raise RequestError(f"the input is named {name!r}: model {spec.name!r} takes {INPUT!r}")
+    if datatype != "FP32":
+        raise RequestError(f"the input's datatype is {datatype!r}: model {spec.name!r} takes 'FP32'")
+
+
+def check_shape(shape: Any, spec: ModelSpec) -> tuple[int, int]:
+    """Rows and columns of a tensor whose shape fits the model.
+
+    Raises:
+        RequestError: it does not.
+        TooLarge: more than `MAX_REQUEST_ROWS` rows.
+    """
+    width = len(spec.inputs)
     if not isinstance(shape, list) or [type(s) for s in shape] != [int, int] or shape[1] != width or shape[0] < 1:
         raise RequestError(f"the input's shape is {shape}: model {spec.name!r} takes [rows, {width}], at least one row")
     if shape[0] > MAX_REQUEST_ROWS:
@@ -156,10 +175,15 @@ def _values(tensor: dict[str, Any], shape: tuple[int, int], raw: bytes) -> npt.N
             )
         if "data" in tensor:
             raise RequestError("the input has both 'data' and 'binary_data_size': send one of them")
-        return _finite(np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32))
+        return finite(np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32))
 
 
-def _finite(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def finite(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The values, none of which is infinite.
+
+    Raises:
+        RequestError: one is.
+    """
     if bool(np.isinf(x).any()):
         raise RequestError("the input holds values that are infinite as FP32: send finite ones, or NaN for unknown")
     return x
@@ -182,7 +206,7 @@ def _from_json(data: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         with suppress(OverflowError):  # a number too large for FP32: below it becomes infinite, and is told
             return np.frombuffer(bytearray(_floats(len(flat)).pack(*flat)), dtype=np.float32).reshape(shape)
     with np.errstate(over="ignore"):
-        return _finite(np.array(flat, dtype=np.float64).astype(np.float32).reshape(shape))
+        return finite(np.array(flat, dtype=np.float64).astype(np.float32).reshape(shape))
 
 
 @cache

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from raymill.runtime.errors import Unavailable
@@ -31,14 +32,16 @@ _access = logging.getLogger("raymill.access")
 class ServeAccounts:
     """Of one replica."""
 
-    def __init__(self, replica: Any) -> None:
+    def __init__(self, replica: Any, grpc_method: str = "", code_of: Callable[[int], str] = str) -> None:
+        """Of HTTP's requests, or of those of one gRPC method (`/package.Service/Method`), with their codes' names."""
         from ray.serve._private.common import RequestMetadata, RequestProtocol
         from ray.serve._private.tracing_utils import is_tracing_enabled
 
         if is_tracing_enabled():
             raise Unavailable("Serve traces requests, and only those that pass through it")
         self._manager = replica._metrics_manager
-        self._protocol = RequestProtocol.HTTP
+        self._protocol = RequestProtocol.GRPC if grpc_method else RequestProtocol.HTTP
+        self._method, self._code_of = grpc_method or _METHOD, code_of
         deployment = replica._deployment_id
         self._names = {"app_name": deployment.app_name, "deployment_name": deployment.name}
         self._request = RequestMetadata(
@@ -48,8 +51,9 @@ class ServeAccounts:
             route=ROUTE,
             app_name=deployment.app_name,
             is_streaming=True,
-            _request_protocol=RequestProtocol.HTTP,
-            _http_method=_METHOD,
+            _request_protocol=self._protocol,
+            _http_method="" if grpc_method else _METHOD,
+            _grpc_service_method=grpc_method,
             is_direct_ingress=True,
         )
         self._seconds: dict[int, list[float]] = {}
@@ -95,11 +99,11 @@ class ServeAccounts:
         self._manager.record_request_metrics(route=ROUTE, latency_ms=latency_ms, is_error=status == GONE)
         self._manager.record_ingress_request_metrics(
             protocol=self._protocol,
-            method=_METHOD,
+            method=self._method,
             route=ROUTE,
             latency_ms=latency_ms,
             is_error=status >= 400,
-            status_code=str(status),
+            status_code=self._code_of(status),
             **self._names,
         )
 
@@ -114,7 +118,8 @@ class ServeAccounts:
         ingress = manager._ingress_metrics.get(self._protocol)
         if ingress is None:  # HAProxy's metrics are on, and count the requests
             return
-        tags = {"route": ROUTE, "method": _METHOD, "application": self._names["app_name"], "status_code": str(status)}
+        code = self._code_of(status)
+        tags = {"route": ROUTE, "method": self._method, "application": self._names["app_name"], "status_code": code}
         ingress.request_counter.inc(count, tags=ingress.request_tags(**tags))
         if status >= 400:
             ingress.request_error_counter.inc(count, tags=ingress.request_error_tags(**tags))

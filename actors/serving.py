@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import uvicorn.config
 
-from raymill.actors import answering, asgi, oip, selftest, serve_accounts, surroundings, wire
-from raymill.actors.answering import Call, Write, version_of
+from raymill.actors import answering, asgi, grpc_service, oip, selftest, serve_accounts, surroundings, wire
+from raymill.actors.answering import Call, HttpCall, Write, version_of
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.fastlane import Fast
 from raymill.actors.lane import Lane, Ticket
@@ -138,6 +138,7 @@ class ServingReplica:
             if message["type"] == "lifespan.startup":
                 await loop.run_in_executor(None, self.start)
                 await self._open_fast_lane()
+                grpc_service.answer_with(self)
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await loop.run_in_executor(None, self.stop)
@@ -176,11 +177,11 @@ class ServingReplica:
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
         """Have a call answered: `done` gets the reply on the event loop, perhaps before this returns.
 
-        Both lanes come through here. None: the reply was given already.
+        Both lanes, and gRPC, come through here. None: the reply was given already.
         """
         try:
-            model = self._model(call.model)
-            question, write = answering.read(call, model, time.time_ns() // 1000)
+            model = self.model(call.model)
+            question, write = call.read(model, time.time_ns() // 1000)
             model.check(question)
             lane = self._lane(call.model, model.spec)
             return lane.submit(question, partial(_finish, write, done))
@@ -191,7 +192,7 @@ class ServingReplica:
     async def _call(self, request: Request, name: str, *, infer: bool, version: str | None = None) -> Reply:
         _only(request, "POST")
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        call = Call(name, infer, version, request.headers, request.body)
+        call = HttpCall(name, infer, version, request.headers, request.body)
         ticket = self.submit(call, lambda reply: None if future.done() else future.set_result(reply))
         try:
             return await future
@@ -212,13 +213,35 @@ class ServingReplica:
         return lane
 
     def _ask(self, name: str, batch: list[Question]) -> list[Answer | RaymillError]:
-        return self._model(name).ask(batch, self._log)
+        return self.model(name).ask(batch, self._log)
 
-    def _model(self, name: str) -> LoadedModel:
+    def model(self, name: str) -> LoadedModel:
+        """A served model.
+
+        Raises:
+            UnknownModel: there is none of that name.
+        """
         model = self._models.models.get(name)
         if model is None:
             raise UnknownModel(f"there is no model {name!r} here: served are {sorted(self._models.models)}")
         return model
+
+    def versions_of(self, name: str, version: str | None) -> LoadedModel:
+        """A served model, which has that version if one is named.
+
+        Raises:
+            UnknownModel, UnknownVersion: it is not here.
+        """
+        model = self.model(name)
+        known = {*model.programs, *self._models.failures.get(name, {})}
+        if version is not None and version_of(version) not in known:
+            raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
+        return model
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model has a version that answers."""
+        return bool(self._models.models) and all(m.ready for m in self._models.models.values())
 
     async def _oip(self, request: Request, parts: tuple[str, ...]) -> Reply:
         match parts:
@@ -227,8 +250,7 @@ class ServingReplica:
             case ("health", "live") if _only(request, "GET"):
                 return asgi.json_reply({"live": True})
             case ("health", "ready") if _only(request, "GET"):
-                ready = bool(self._models.models) and all(m.ready for m in self._models.models.values())
-                return asgi.json_reply({"ready": ready}, 200 if ready else 400)
+                return asgi.json_reply({"ready": self.is_ready}, 200 if self.is_ready else 400)
             case ("models", name):
                 return self._metadata(request, name, None)
             case ("models", name, "ready"):
@@ -245,19 +267,15 @@ class ServingReplica:
 
     def _metadata(self, request: Request, name: str, version: str | None) -> Reply:
         _only(request, "GET")
-        model = self._model(name)
-        failed = self._models.failures.get(name, {})
-        if version is not None and version_of(version) not in {*model.programs, *failed}:
-            raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
+        model = self.versions_of(name, version)
         document = oip.model_metadata(model.spec, sorted(model.programs))
-        if failed:
+        if failed := self._models.failures.get(name, {}):
             document["failed"] = {str(v): why for v, why in failed.items()}
         return asgi.json_reply(document)
 
     def _ready(self, request: Request, name: str, version: str | None) -> Reply:
         _only(request, "GET")
-        model = self._model(name)
-        ready = model.ready if version is None else version_of(version) in model.programs
+        ready = self.model(name).is_ready(version_of(version))
         return asgi.json_reply({"name": name, "ready": ready}, 200 if ready else 400)
 
     async def _manage(self, request: Request, parts: tuple[str, ...]) -> Reply:
@@ -271,7 +289,7 @@ class ServingReplica:
                 taken = await loop.run_in_executor(None, self._log.flush)
                 return asgi.json_reply({**self._state(), "flushed": taken})
             case ("features", name) if _only(request, "POST"):
-                return await self._features(request, self._model(name))
+                return await self._features(request, self.model(name))
             case ("lineage", prediction) if _only(request, "GET"):
                 await loop.run_in_executor(None, self._log.flush)  # it may have been answered a moment ago
                 return asgi.json_reply(await loop.run_in_executor(None, self._readings.lineage, prediction))

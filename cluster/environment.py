@@ -128,7 +128,11 @@ def haproxy_files(scratch: Path) -> dict[str, str]:
 
 def serve_options(ports: Ports) -> dict[str, Any]:
     """The part of Serve's REST config that says where it listens; every PUT of the session repeats it."""
-    return {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": ports.serve}}
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": ports.serve},
+        "grpc_options": {"port": ports.grpc},
+    }
 
 
 def autoscaling_document(config: ClusterConfig, home: Home, address: str, scratch: Path) -> dict[str, Any]:

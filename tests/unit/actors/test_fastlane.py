@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from raymill.actors import fastlane, http_head, selftest
-from raymill.actors.answering import Call
+from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
 from raymill.actors.rollout import to_user_config
@@ -369,4 +369,4 @@ def test_a_call_names_what_was_asked():
     head = http_head.read_head(post("/v2/models/m/versions/3/infer", b"xy", "a: 1", "a: 2").removesuffix(b"xy"))
     assert (head.model, head.infer, head.version, head.length, head.keep_alive) == ("m", True, "3", 2, False)
     assert head.headers["a"] == "2"
-    assert Call(head.model, head.infer, head.version, head.headers, b"xy").version == "3"
+    assert HttpCall(head.model, head.infer, head.version, head.headers, b"xy").version == "3"
