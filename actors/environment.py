@@ -16,6 +16,7 @@ import lmdb
 
 from raymill.actors.redis_store import RedisEnvironment, RedisTransaction
 from raymill.runtime.errors import StoreError
+from raymill.runtime.stores import shown
 
 _MAP_BYTES = 1 << 35
 """Address space set aside; the file is as large as what it holds."""
@@ -28,6 +29,11 @@ Place = Path | str
 def place_of(path: str | Path, pipeline: str) -> Place:
     """Where a pipeline's online store is: a folder below `path`, or a name on the server that it is the URL of."""
     return f"{path}#{pipeline}" if isinstance(path, str) and "://" in path else Path(path) / pipeline
+
+
+def told(place: Place) -> str:
+    """The place as it may be shown: without a password."""
+    return shown(place) if isinstance(place, str) else str(place)
 
 
 def is_filled(place: Place) -> bool:

@@ -35,6 +35,7 @@ from raymill.runtime.expressions import digest, duration_us
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested, Manifest, TrainingSet
 from raymill.runtime.spec import Pipeline
+from raymill.runtime.stores import places_of
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -45,14 +46,14 @@ class FeatureActor:
     def __init__(
         self, home: str | Path, pipeline: Pipeline, record: Callable[[list[Event]], None], keep: str = KEEP
     ) -> None:
-        folders = Home(Path(home))
+        places = places_of(Home(Path(home)), pipeline.stores)
         self._pipeline = pipeline
         self._record = record
-        self._lake = Lake(folders.lake)
+        self._lake = Lake(places.lake)
         self._plan = FeaturePlan.of(pipeline)
         self._keep_us = duration_us(keep)
-        self._store = OnlineStore(folders.online, self._plan, keep=keep)
-        self._reader = OnlineReader(folders.online, self._plan)
+        self._store = OnlineStore(places.online, self._plan, keep=keep)
+        self._reader = OnlineReader(places.online, self._plan)
 
     def start(self) -> None:
         """Bring the online store to the lake's present versions; in a replay only to where the replay is."""

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymill.actors.aggregates import BEFORE_ALL
 from raymill.actors.entities import entity_codes, entity_column
-from raymill.actors.environment import as_store_error, clear, fetch, open_environment, place_of, release
+from raymill.actors.environment import as_store_error, clear, fetch, open_environment, place_of, release, told
 from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import packed
@@ -42,7 +43,7 @@ from raymill.actors.online_records import (
 )
 from raymill.actors.point_in_time import History, operands_of
 from raymill.actors.redis_store import Overtaken
-from raymill.actors.windows import BEFORE_ALL, NEVER, prune, unpack
+from raymill.actors.windows import NEVER, prune, unpack
 from raymill.runtime.errors import StoreError
 from raymill.runtime.expressions import duration_us
 
@@ -156,7 +157,7 @@ class OnlineStore:
             except Overtaken:
                 continue
             return
-        raise StoreError(f"online store {self._path}: {ATTEMPTS} times another writer was first; send it again")
+        raise StoreError(f"online store {told(self._path)}: {ATTEMPTS} times another writer was first; send it again")
 
     def _ingest(
         self, txn: Any, source: str, rows: pa.Table, history: History, lake_version: int | None, whole: bool
@@ -189,7 +190,7 @@ class OnlineStore:
         times = (np.concatenate(pair) for pair in zip(old[1:4], (new.time, new.known, new.key_hash), strict=True))
         history = History(*times)
         operands = np.concatenate([old[4], operands_of(view, rows)], axis=1)
-        dropped = prune(codes, len(keys), history.by_time, history.time, history.known, cutoff, view.kept_us)
+        dropped = prune(codes, len(keys), history.time, history.known, cutoff, view.kept_us)
         buffer, starts = history.pack(codes, len(keys), operands)
         data = buffer.view(np.uint8).data
         for g, name in enumerate(names):

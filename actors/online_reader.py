@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.aggregates import TIME
 from raymill.actors.entities import entity_column
 from raymill.actors.environment import (
     as_store_error,
@@ -24,13 +25,14 @@ from raymill.actors.environment import (
     place_of,
     release,
     store_error,
+    told,
 )
 from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import NewestReader, as_leaves
 from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key
 from raymill.actors.redis_store import RedisTransaction
-from raymill.actors.windows import NEVER, TIME, group, sweep, warm
+from raymill.actors.windows import NEVER, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 
 
@@ -147,7 +149,7 @@ class OnlineReader:
             with self._lock:
                 if self._opened is None:
                     if not is_filled(self._path):
-                        raise Unavailable(f"online store {self._path} is not filled yet: ingest rows first")
+                        raise Unavailable(f"online store {told(self._path)} is not filled yet: ingest rows first")
                     warm()
                     self._opened = open_environment(self._path)
         return self._opened

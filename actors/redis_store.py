@@ -6,6 +6,7 @@ Invariants
 - What a transaction writes goes out in one MULTI/EXEC: a reader sees all of it or nothing.
 - A writer that another one overtook since it began writes nothing (`Overtaken`), and begins anew.
 - What is asked for at once by `fetch` is of one state of the store.
+- A connection that broke is made anew once, at once; a server that is away is `Unavailable`, within seconds.
 
 Whether an acknowledged write outlives the server is the server's to say: `appendonly yes`, `appendfsync always`.
 """
@@ -17,11 +18,15 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from raymill.runtime.errors import StoreError
+from raymill.runtime.errors import RaymillError, StoreError, Unavailable
+from raymill.runtime.stores import REDIS_PASSWORD, redis_secrets, shown
 
 _DIGEST = 16
 """Hex digits that name a view."""
-_TIMEOUT_S = 10.0
+_CONNECT_S = 2.0
+_READ_S = 2.0
+_WRITE_S = 60.0
+"""A view that is filled anew goes out in one command."""
 
 
 class Overtaken(Exception):
@@ -32,15 +37,20 @@ class RedisEnvironment:
     """One pipeline's records on one server; threads may share it."""
 
     def __init__(self, url: str, name: str) -> None:
+        self.url = shown(url)
+        """The server's, as it may be shown."""
+        self.prefix = f"raymill:{name}:".encode()
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as err:
-            raise StoreError(f"online store {url} needs the redis package: pip install 'redis[hiredis]'") from err
-        self.failure: type[Exception] = redis.RedisError
-        self.overtaken: type[Exception] = redis.WatchError
-        self.url = url
-        self.prefix = f"raymill:{name}:".encode()
-        self.client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+            raise StoreError(f"online store {self.url} needs the redis package: pip install 'redis[hiredis]'") from err
+        self._errors = redis.exceptions
+        options = {"retry": Retry(NoBackoff(), 1), "socket_connect_timeout": _CONNECT_S, "protocol": 2}
+        options |= redis_secrets(url)
+        self.client = redis.Redis.from_url(url, socket_timeout=_READ_S, **options)
+        self.writer = redis.Redis.from_url(url, socket_timeout=_WRITE_S, **options)
 
     def begin(self, *, write: bool = False, buffers: bool = False) -> RedisTransaction:
         """A transaction, as a context."""
@@ -48,7 +58,7 @@ class RedisEnvironment:
 
     def exists(self) -> bool:
         """Whether a writer was here."""
-        with self.as_store_error():
+        with self.as_our_error():
             return bool(self.client.exists(self.prefix + b"meta"))
 
     def reader_check(self) -> None:
@@ -57,14 +67,29 @@ class RedisEnvironment:
     def close(self) -> None:
         """Give the connections back."""
         self.client.close()
+        self.writer.close()
 
     @contextmanager
-    def as_store_error(self) -> Iterator[None]:
+    def as_our_error(self) -> Iterator[None]:
         """The client's errors as ours."""
         try:
             yield
-        except self.failure as err:
-            raise StoreError(f"online store {self.url}: {err}; is the server up, and its password right?") from err
+        except self._errors.RedisError as err:
+            raise self._told(err) from err
+
+    def _told(self, err: Exception) -> RaymillError | Overtaken:
+        kinds = self._errors
+        if isinstance(err, kinds.WatchError):
+            return Overtaken()
+        refused = (kinds.AuthenticationError, kinds.AuthorizationError, kinds.NoPermissionError)
+        if isinstance(err, refused):
+            return StoreError(
+                f"online store {self.url} refuses us ({err}): set {REDIS_PASSWORD} where `raymill up` runs "
+                "and on every host of the cluster"
+            )
+        if isinstance(err, kinds.ConnectionError | kinds.TimeoutError):
+            return Unavailable(f"online store {self.url} does not answer ({err}): is the server up, is this its URL?")
+        return StoreError(f"online store {self.url}: {err}; look at the server's log")
 
 
 class RedisTransaction:
@@ -80,8 +105,8 @@ class RedisTransaction:
 
     def __enter__(self) -> RedisTransaction:
         if self._write:
-            with self._env.as_store_error():
-                self._pipe = self._env.client.pipeline(transaction=True)
+            with self._env.as_our_error():
+                self._pipe = self._env.writer.pipeline(transaction=True)
                 self._pipe.watch(self._env.prefix + b"epoch")
         return self
 
@@ -111,7 +136,7 @@ class RedisTransaction:
         hashes: dict[bytes, list[bytes]] = {}
         for name in dict.fromkeys(names):
             hashes.setdefault(self._hash(name), []).append(name)
-        with self._env.as_store_error():
+        with self._env.as_our_error():
             if self._pipe is not None:  # watched: commands are answered at once, and what they say holds at the end
                 answers = [self._pipe.hmget(h, self._fields(some)) for h, some in hashes.items()]
             elif len(hashes) == 1:
@@ -152,13 +177,8 @@ class RedisTransaction:
         for h, records in puts.items():
             pipe.hset(h, mapping=records)
         pipe.incr(self._env.prefix + b"epoch")
-        try:
-            with self._env.as_store_error():
-                pipe.execute()
-        except StoreError as err:
-            if isinstance(err.__cause__, self._env.overtaken):
-                raise Overtaken from err
-            raise
+        with self._env.as_our_error():
+            pipe.execute()
 
     def _hash(self, name: bytes) -> bytes:
         return self._env.prefix + (name[: 1 + _DIGEST] if name[:1] in b"vn" else b"meta")

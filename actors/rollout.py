@@ -19,6 +19,7 @@ from raymill.runtime.errors import SpecError
 from raymill.runtime.expressions import digest
 from raymill.runtime.messages import ModelVersion, Stage
 from raymill.runtime.spec import DType, Pipeline
+from raymill.runtime.stores import Stores
 
 
 class Role(StrEnum):
@@ -73,6 +74,8 @@ class ModelSpec:
     """Versions beside each other."""
     plan: Any = None
     """`FeaturePlan` as JSON; null: the model takes ready vectors only."""
+    stores: Stores = field(default_factory=Stores)
+    """Where its features are read and its predictions go."""
     columns: Mapping[str, ColumnForm] = field(default_factory=dict)
     """Columns a request row may have (those of the label's source)."""
     required: tuple[str, ...] = ()
@@ -105,6 +108,7 @@ def spec_of(
         inputs=pipeline.feature_names,
         routes=_routes(versions, pipeline.serve.canary_weight, shadows),
         plan=plan,
+        stores=pipeline.stores,
         columns={c: ColumnForm(col.dtype, col.nullable) for c, col in schema.items()},
         required=pipeline.request_columns,
         key=tuple(pipeline.label.source.key),
@@ -149,6 +153,7 @@ def to_user_config(models: Iterable[ModelSpec]) -> dict[str, Any]:
                     for r in m.routes
                 },
                 "plan": m.plan,
+                "stores": {"lake": m.stores.lake, "online": m.stores.online},
                 "columns": {c: f.dtype + ("?" if f.nullable else "") for c, f in m.columns.items()},
                 "required": list(m.required),
                 "key": list(m.key),
@@ -192,6 +197,7 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
         inputs=tuple(m["inputs"]),
         routes=tuple(routes),
         plan=m.get("plan"),
+        stores=Stores(**m.get("stores", {})),
         columns={c: ColumnForm(t.removesuffix("?"), t.endswith("?")) for c, t in m.get("columns", {}).items()},
         required=tuple(m.get("required", ())),
         key=tuple(m.get("key", ())),

@@ -10,6 +10,7 @@ from raymill.actors.rollout import ModelSpec
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.spawn import ask, find
+from raymill.runtime.stores import places_of
 
 _OBSERVE_TIMEOUT_S = 30.0
 
@@ -33,7 +34,7 @@ def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:
     from raymill.actors.feature_plan import FeaturePlan
     from raymill.actors.online import OnlineReader
 
-    return OnlineReader(home.online, FeaturePlan.from_json(spec.plan))
+    return OnlineReader(places_of(home, spec.stores).online, FeaturePlan.from_json(spec.plan))
 
 
 def observe(model: str, segment: str, rows: pa.Table) -> bool:

