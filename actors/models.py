@@ -273,7 +273,7 @@ class ModelSet:
         self, spec: ModelSpec, before: LoadedModel | None, cache: dict[str, Program]
     ) -> tuple[LoadedModel | None, dict[int, str]]:
         try:
-            same = before is not None and before.spec.plan == spec.plan
+            same = before is not None and (before.spec.plan, before.spec.stores) == (spec.plan, spec.stores)
             reader = before.reader if before is not None and same else self._open(spec)
         except Exception as err:  # noqa: BLE001 - whatever a damaged store raises, the model must not take traffic
             why = f"its features can not be read: {type(err).__name__}: {err}"
