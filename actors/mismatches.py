@@ -1,0 +1,154 @@
+"""Served vectors beside what any state of the lake gives for the same rows, and why some of them differ.
+
+Few states are read: those in which rows that differ were served, most rows first, and only as many before them as are
+needed to find the value that was served.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raymill.actors.consistency import Cause, Explained, Vectors, agree, explain, number
+from raymill.actors.evaluate import Ints
+from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.lake import Lake
+from raymill.actors.point_in_time import join
+from raymill.actors.served import LakeStates, at_of, events_of, instant, reach, request_rows, vectors
+
+STATES = 24
+"""States of the lake that one check reads, beside the present one, at most."""
+LOOK_BACK = 8
+"""Batches of every source by which the online store may have lagged and still be found stale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Definitions:
+    """A pipeline's features as one training set had them."""
+
+    plan: FeaturePlan
+    hashes: dict[str, str]
+    """Feature → content hash of its definition."""
+
+
+class ServedRows:
+    """Served rows of one set of definitions, and what any state of the lake gives for them."""
+
+    def __init__(self, lake: Lake, plan: FeaturePlan, part: pa.Table, pinned: dict[str, int]) -> None:
+        self.lake, self.plan, self.pinned = lake, plan, pinned
+        self.part = part
+        self.rows = request_rows(part["row"].to_pylist(), plan)
+        self.at: Ints = at_of(part)
+        self.wall_s = part["wall_s"].to_numpy()
+        self.served: Vectors = vectors(part["x"], len(plan.names))
+
+    def joined(
+        self, versions: dict[str, int | None], chosen: Ints | None, plan: FeaturePlan | None = None
+    ) -> tuple[Vectors, dict[str, pa.Table]]:
+        """Vectors of the chosen rows (None: all) from those versions, and the rows of the sources they are from.
+
+        For all rows the sources are read from their beginning, so that one can say who was never seen.
+        """
+        plan = plan or self.plan
+        at = self.at if chosen is None else self.at[chosen]
+        first, last = int(at.min()), int(at.max())
+        tables = {}
+        for source in plan.sources:
+            version = versions.get(source)
+            since = None if chosen is None else reach(plan, source, first)
+            table = events_of(self.lake, plan, source, version or self.pinned[source], last, since)
+            tables[source] = table.slice(0, 0) if version is None else table
+        rows = self.rows if chosen is None else self.rows.take(pa.array(chosen))
+        return join(rows, plan, tables, at=at), tables
+
+
+class Mismatches:
+    """The rows of a sample that differ, explained."""
+
+    def __init__(self, there: ServedRows, now: Vectors, states: LakeStates, defined: list[Definitions]) -> None:
+        """The first of `defined` is what must have been served, the others are the pipeline's other definitions."""
+        self._there, self._now, self._states = there, now, states
+        self._defined, *self._others = defined
+
+    def explained(self, wrong: Ints, states_left: list[int]) -> Iterator[tuple[Ints, Explained, dict[str, str]]]:
+        """(rows, their cells, feature → one mismatch in words), the rows that were served in one state together."""
+        state_of = [self._states.at(w) for w in self._there.wall_s[wrong]]
+        for state, _ in Counter(state_of).most_common():
+            rows = wrong[[s == state for s in state_of]]
+            if states_left[0] <= 0:
+                yield rows, self._unexamined(rows), {}
+                continue
+            states_left[0] -= 1
+            then = self._there.joined(self._states.versions(state), rows)[0]
+            earlier = self._earlier(state, rows, states_left)
+            found = explain(self._there.served[rows], self._now[rows], then, earlier)
+            yield rows, found, self._whys(rows, found, state, then)
+
+    def _earlier(self, state: tuple[int, ...], rows: Ints, states_left: list[int]) -> Iterator[Vectors]:
+        for steps in range(1, LOOK_BACK + 1):
+            before = self._states.before(state, steps)
+            if before is None or states_left[0] <= 0:
+                return
+            states_left[0] -= 1
+            yield self._there.joined(self._states.versions(before), rows)[0]
+
+    def _unexamined(self, rows: Ints) -> Explained:
+        same = agree(self._there.served[rows], self._now[rows])
+        return Explained(np.where(same, 0, number(Cause.UNEXAMINED)).astype(np.int8), np.zeros(same.shape, np.int16))
+
+    def _whys(self, rows: Ints, found: Explained, state: tuple[int, ...], then: Vectors) -> dict[str, str]:
+        whys = {}
+        for j, name in enumerate(self._there.plan.names):
+            for cause in (Cause.CODE, Cause.STALE, Cause.LATE_ROW):
+                cells = np.flatnonzero(found.codes[:, j] == number(cause))
+                if len(cells):
+                    i = int(cells[0])
+                    reason = self._reason(cause, name, rows[i : i + 1], int(found.steps[i, j]), state)
+                    whys[name] = f"{self._values(rows[i], j)}; {reason}"
+                    break
+        return whys
+
+    def _values(self, row: int, j: int) -> str:
+        there = self._there
+        moment = instant(int(there.at[row])).isoformat().replace("+00:00", "Z")
+        served, lake = (float(v[row, j]) for v in (there.served, self._now))
+        return f"prediction {there.part['id'][row].as_py()} at {moment}: served {served:.9g}, the lake gives {lake:.9g}"
+
+    def _reason(self, cause: Cause, name: str, row: Ints, steps: int, state: tuple[int, ...]) -> str:
+        if cause is Cause.CODE:
+            return self._code(name, row, state)
+        source = _source_of(self._there.plan, name)
+        version = self._states.versions(state)[source]
+        if cause is Cause.STALE:
+            batch = self._states.batch(source, state, steps)
+            return (
+                f"the online store did not have batch {batch!r} of {source!r}, which the lake held when it was served"
+            )
+        return (
+            f"{source!r} was at version {version} then and is at {self._states.pinned[source]} now: a row that was "
+            f"known by the moment of the prediction came after it was served"
+        )
+
+    def _code(self, name: str, row: Ints, state: tuple[int, ...]) -> str:
+        """Which other definition gives the value that was served, if one does."""
+        served = self._there.served[row, self._there.plan.names.index(name)]
+        mine = self._defined.hashes.get(name, "")
+        for other in self._others:
+            same = set(other.plan.request_columns) <= set(self._there.rows.column_names)
+            same = same and set(other.plan.sources) <= set(self._there.plan.sources)
+            if not same or name not in other.plan.names or other.hashes.get(name) == mine:
+                continue
+            given = self._there.joined(self._states.versions(state), row, other.plan)[0]
+            if agree(served[:, None], given[:, [other.plan.names.index(name)]]).all():
+                return f"definition {other.hashes.get(name)} was served, the model was trained with {mine}"
+        return (
+            f"no state of the lake gives it under definition {mine}: other code, or another record in the online store"
+        )
+
+
+def _source_of(plan: FeaturePlan, feature: str) -> str:
+    return next(v.source.name for v in plan.event_views if v.name == feature.partition(".")[0])
