@@ -96,8 +96,8 @@ class Shop:
         texts = [json.dumps({"shop": r["shop"], "price": r["price"]}).encode() for r in rows.to_pylist()]
         n = len(rows)
         scored = Scored(
-            model="shop", ids=[f"{prefix}{i}" for i in range(n)], versions=np.full(n, version), roles=["live"] * n, at=at,
-            keys=[None] * n, texts=texts, x=x, p=np.zeros(n, np.float32),
+            model="shop", ids=[f"{prefix}{i}" for i in range(n)], versions=np.full(n, version), roles=["live"] * n,
+            at=at, keys=[None] * n, texts=texts, x=x, p=np.zeros(n, np.float32),
         )  # fmt: skip
         batch = pa.Table.from_batches([scored.to_batch("r", time.time())])
         self.lake.append("predictions", batch, batch_id=f"served-{prefix}")
