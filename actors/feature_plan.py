@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.aggregates import COUNT, KINDS, NEWEST, SUM
 from raymill.actors.evaluate import Columns, Floats, Ints, evaluate, kind_of, to_float32
-from raymill.actors.windows import COUNT, KINDS, NEWEST, SUM
 from raymill.runtime.errors import SpecError
 from raymill.runtime.expressions import (
     Binary,
@@ -33,7 +33,7 @@ from raymill.runtime.expressions import (
 )
 from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Number of the record's layout: another one is another place in the online store."""
 _STEP = 1 << 13
 """Rows whose vectors are put together at once."""

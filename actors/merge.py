@@ -8,8 +8,9 @@ of them get there without a sort. Two ways, with one answer:
 - `measure`, `scatter`, `sweep_groups`: any order, late arrivals, windows. Events are laid out entity by entity (a
   counting sort), each entity's few are put in order, then swept. Several threads take a range of entities each.
 
-Key hashes, which decide between events of an entity with the same event time and known-at, are made only for those:
-both ways mark them in `tied` and return how many; the caller makes the hashes and runs again.
+Key hashes, which decide between events of an entity with the same event time (`scan`: and known-at), and tell which is
+a correction of which, are made only for those: both ways mark them in `tied` and return how many; the caller makes
+the hashes and runs again.
 
 All kernels take read-only arrays, so that Arrow's own memory is read; hence their signatures.
 """
@@ -19,8 +20,9 @@ from __future__ import annotations
 import numpy as np
 from numba import boolean, float64, int64, njit, types, void
 
+from raymill.actors.aggregates import LAST, MAX, MIN, NEWEST, extreme, newest, total
 from raymill.actors.evaluate import Floats, Ints
-from raymill.actors.windows import LAST, MAX, MIN, NEVER, NEWEST, _extreme, _newest, _total
+from raymill.actors.windows import NEVER
 
 _INTS = types.Array(int64, 1, "C", readonly=True)
 _FLOATS = types.Array(float64, 1, "C", readonly=True)
@@ -164,16 +166,14 @@ def _before(buffer: Ints, a: int, b: int, key_hash: Ints) -> bool:
     """Whether the event at word a comes before the one at b; with the same key they keep their order."""
     if buffer[a] != buffer[b]:
         return buffer[a] < buffer[b]
-    if buffer[a + 1] != buffer[b + 1]:
-        return buffer[a + 1] < buffer[b + 1]
-    if len(key_hash) == 0:
-        return False
-    return key_hash[buffer[a + 2]] < key_hash[buffer[b + 2]]
+    if len(key_hash) > 0 and key_hash[buffer[a + 2]] != key_hash[buffer[b + 2]]:
+        return key_hash[buffer[a + 2]] < key_hash[buffer[b + 2]]
+    return buffer[a + 1] < buffer[b + 1]
 
 
 @njit(cache=True, nogil=True)
 def _in_order(buffer: Ints, begin: int, n: int, width: int, key_hash: Ints, places: Ints) -> None:
-    """`places[:n]`: words at which the group's events begin, in the order of (time, known-at, key hash)."""
+    """`places[:n]`: words at which the group's events begin, in the order of (time, key hash, known-at)."""
     for i in range(n):
         places[i] = begin + i * width
     moves = 0
@@ -189,8 +189,8 @@ def _in_order(buffer: Ints, begin: int, n: int, width: int, key_hash: Ints, plac
             order = np.arange(n)
             parts = np.empty((3, n), np.int64)
             for k in range(n):
-                parts[0, k] = key_hash[buffer[begin + k * width + 2]] if len(key_hash) > 0 else 0
-                parts[1, k] = buffer[begin + k * width + 1]
+                parts[0, k] = buffer[begin + k * width + 1]
+                parts[1, k] = key_hash[buffer[begin + k * width + 2]] if len(key_hash) > 0 else 0
                 parts[2, k] = buffer[begin + k * width]
             for c in range(3):
                 order = order[np.argsort(parts[c][order], kind="mergesort")]
@@ -244,7 +244,7 @@ def sweep_groups(
         low: first entity.
         high: one after the last.
         key_hash: of each event's row; empty: mark ties in `tied`, their entities' rows are not filled.
-        tied: set for events (by row) with the same entity, time and known-at.
+        tied: set for events (by row) with the same entity and time.
         rows: row numbers by entity, in each by moment.
         row_starts: where each entity's rows begin, and the end.
         at: moment of each row.
@@ -259,6 +259,7 @@ def sweep_groups(
     places = np.empty(most, np.int64)
     times = np.empty(most, np.int64)
     knowns = np.empty(most, np.int64)
+    hashes = np.zeros(most, np.int64)
     orders = np.empty(most, np.int64)
     values = np.empty((width - HEAD, most), np.float64)
     for g in range(low, high):
@@ -270,16 +271,21 @@ def sweep_groups(
         clash = False
         for i in range(n):
             a = places[i]
-            if i > 0 and buffer[a] == buffer[places[i - 1]] and buffer[a + 1] == buffer[places[i - 1] + 1]:
+            if i > 0 and buffer[a] == buffer[places[i - 1]]:
                 if len(key_hash) == 0:
                     clash = True
                     tied[buffer[a + 2]] = True
                     tied[buffer[places[i - 1] + 2]] = True
                     ties += 1
-                elif key_hash[buffer[a + 2]] == key_hash[buffer[places[i - 1] + 2]]:
+                elif (
+                    buffer[a + 1] == buffer[places[i - 1] + 1]
+                    and key_hash[buffer[a + 2]] == key_hash[buffer[places[i - 1] + 2]]
+                ):
                     continue
             times[kept] = buffer[a]
             knowns[kept] = buffer[a + 1]
+            if len(key_hash) > 0:
+                hashes[kept] = key_hash[buffer[a + 2]]
             for c in range(width - HEAD):
                 values[c, kept] = floats[a + HEAD + c]
             kept += 1
@@ -287,6 +293,7 @@ def sweep_groups(
             continue
         time = times[:kept]
         known = knowns[:kept]
+        hashed = hashes[:kept]
         order = orders[:kept]
         _arrivals(time, known, order)
         mine = rows[row_starts[g] : row_starts[g + 1]]
@@ -294,11 +301,11 @@ def sweep_groups(
             kind = plan[j, 0]
             operand = values[plan[j, 1], :kept]
             if kind in (NEWEST, LAST):
-                _newest(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+                newest(time, known, hashed, order, operand, kind, plan[j, 2], mine, at, out[:, j])
             elif kind in (MIN, MAX):
-                _extreme(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+                extreme(time, known, hashed, order, operand, kind, plan[j, 2], mine, at, out[:, j])
             else:
-                _total(time, known, order, operand, kind, plan[j, 2], mine, at, out[:, j])
+                total(time, known, hashed, order, operand, kind, plan[j, 2], mine, at, out[:, j])
     return ties
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raymill.actors.aggregates import BEFORE_ALL
 from raymill.actors.evaluate import Floats, Ints, to_float32
 from raymill.actors.feature_plan import ViewPlan
-from raymill.actors.windows import BEFORE_ALL, NEVER
+from raymill.actors.windows import NEVER, newest_events
 
 _HEAD = struct.Struct("<qq")
 
@@ -36,13 +37,14 @@ def packed(view: ViewPlan, buffer: Ints, starts: Ints) -> list[bytes | None]:
     has = np.flatnonzero(n > 0)
     records = np.zeros(len(has), dtype=layout(len(view.leaves)))
     first, last = starts[:-1][has] + 1, n[has] - 1
-    # The last of the order of becoming known is the event that is known last; the last of the events is the newest.
+    # The last of the order of becoming known is the event that is known last.
     latest = first + buffer[first + 3 * n[has] + last]
     records["whole_from"] = np.maximum(buffer[latest], buffer[latest + n[has]])
     records["time"] = buffer[first + last]
+    newest = newest_events(buffer, first, n[has])
     floats = buffer.view(np.float64)
     for j, operand in enumerate(view.leaves[:, 1]):
-        records["leaves"][:, j] = to_float32(floats[first + (4 + operand) * n[has] + last])
+        records["leaves"][:, j] = to_float32(floats[first + (4 + operand) * n[has] + newest])
     found: list[bytes | None] = [None] * len(n)
     size, data = records.itemsize, records.tobytes()
     for i, g in enumerate(has.tolist()):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from raymill.actors.aggregates import BEFORE_ALL
 from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import ViewPlan
-from raymill.actors.windows import BEFORE_ALL
 
 _PROGRESS = struct.Struct("<qqq")
 _LONGEST_KEY = 400

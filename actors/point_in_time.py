@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.aggregates import BEFORE_ALL, NEWEST
 from raymill.actors.entities import column_of, entity_codes, key_hashes
 from raymill.actors.evaluate import Floats, Ints, columns_of, evaluate, moments
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan, ViewPlan
 from raymill.actors.merge import HEAD, OUT_OF_ORDER, ascending, fill, measure, scan, scatter, sweep_groups
 from raymill.actors.parts import Block, Parts, Rows, threads
-from raymill.actors.windows import BEFORE_ALL, NEVER, NEWEST, group, pack
+from raymill.actors.windows import NEVER, group, pack
 from raymill.runtime.errors import ContractError
 from raymill.runtime.expressions import Column
 
@@ -304,8 +305,8 @@ class History:
 
     @cached_property
     def by_time(self) -> Ints:
-        """Order by (event time, known-at, key hash)."""
-        return np.lexsort((self.key_hash, self.known, self.time))
+        """Order by (event time, key hash, known-at)."""
+        return np.lexsort((self.known, self.key_hash, self.time))
 
     @cached_property
     def by_known(self) -> Ints:

@@ -5,16 +5,19 @@ Semantics (t is the moment of the request or label row; an event is a row of the
   a known-at column: known at its event time. A null event time: never.
 - A window of width w at t holds the known events with event time in (t − w, t] whose operand is not null.
 - An empty `count` or `sum` is 0, every other empty aggregate null.
-- `sum` and `mean` are exact and do not depend on order: each operand is rounded to 2⁻²⁰ (half to even), added as
-  integers, and the total is rounded once. An operand of 2⁴² or more in magnitude makes them null while in the window.
+- `sum`, `mean` and `std` are exact and do not depend on order: each operand is rounded to 2⁻²⁰ (half to even), sums of
+  it and of its square are integers, and the result is rounded from those. An operand of 2⁴² or more in magnitude makes
+  them null while in the window. `std` is that of a sample (n − 1); of fewer than two values it is null.
 - Newest means: largest (event time, known-at, hash of the row's key); the hash makes ties independent of the order of
   arrival. `last` is the operand of the newest event in the window whose operand is not null; a feature without a
   window is the value of the newest known event even if that is null, if t − event time ≤ max age (inclusive).
 - Two rows of an entity with the same event time, known-at and key count once: reading a batch again changes nothing.
+- A *corrected* row has entity, event time and key of an earlier one and a later known-at: from then on it stands in the
+  earlier one's place, before then the earlier one stands. With another event time or entity it is another event.
 - A null in the entity's key matches nothing, and a label row is always kept.
 
 Form: all events of one entity are a *record* of 64-bit words: `n, event time[n], known-at[n], key hash[n], order of
-becoming known[n], operand 0[n] (float64), operand 1[n] …`, sorted by (event time, known-at, key hash). The online store
+becoming known[n], operand 0[n] (float64), operand 1[n] …`, sorted by (event time, key hash, known-at). The online store
 holds these records, the offline join builds the same ones, `sweep` reads either.
 
 Compiled by numba at the first call, once a machine: the compiled code lies in `__pycache__` beside this file, or in
@@ -26,23 +29,12 @@ from __future__ import annotations
 import numpy as np
 from numba import int64, njit, types
 
+from raymill.actors.aggregates import BEFORE_ALL, KINDS, LAST, MAX, MIN, NEWEST, TIME, extreme, newest, total
 from raymill.actors.evaluate import Floats, Ints
 
 NEVER = np.iinfo(np.int64).max
 """Known-at of an event that is never known."""
-BEFORE_ALL = -(2**62)
-"""A moment at which nothing is known."""
-
-NEWEST, COUNT, SUM, MEAN, MIN, MAX, LAST = range(7)
-KINDS = {"newest": NEWEST, "count": COUNT, "sum": SUM, "mean": MEAN, "min": MIN, "max": MAX, "last": LAST}
-
 _READ = types.Array(int64, 1, "C", readonly=True)
-TIME = 7
-"""Not a feature's: the event time of the newest known event, from the same sweep."""
-
-FIXED = float(2**20)
-LARGEST = float(2**42)
-_HALF = np.int64(2**32)
 
 
 @njit(cache=True, nogil=True)
@@ -67,25 +59,23 @@ def hash_bytes(out: Ints, starts: Ints, data: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def prune(codes: Ints, groups: int, by_time: Ints, time: Ints, known: Ints, cutoff: int, kept_us: int) -> int:
+def prune(codes: Ints, groups: int, time: Ints, known: Ints, cutoff: int, kept_us: int) -> int:
     """Take the events that no moment ≥ `cutoff` can need out of their groups (code −1); how many.
 
     Kept are those with event time > cutoff − `kept_us`. A negative `kept_us` means −1 − it, and that those not older
     than the group's newest known at `cutoff` are kept too (a newest value without max age).
     """
     dropped = 0
-    newest = np.full(groups, -1, np.int64)
+    latest = np.full(groups, BEFORE_ALL, np.int64)
     if kept_us < 0:
         kept_us = -kept_us - 1
-        for p in range(len(by_time)):
-            i = by_time[p]
+        for i in range(len(codes)):
             if codes[i] >= 0 and max(time[i], known[i]) <= cutoff:
-                newest[codes[i]] = p
+                latest[codes[i]] = max(latest[codes[i]], time[i])
     else:
-        newest[:] = len(by_time)
-    for p in range(len(by_time)):
-        i = by_time[p]
-        if codes[i] >= 0 and time[i] <= cutoff - kept_us and p < newest[codes[i]]:
+        latest[:] = NEVER
+    for i in range(len(codes)):
+        if codes[i] >= 0 and time[i] <= cutoff - kept_us and time[i] < latest[codes[i]]:
             codes[i] = -1
             dropped += known[i] != NEVER
     return dropped
@@ -104,7 +94,7 @@ def pack(
 ) -> tuple[Ints, Ints]:
     """Records of all groups in one buffer, and where each begins (one more entry: the end).
 
-    `by_time` sorts the events by (time, known, key hash), `by_known` by max(time, known); `codes` is each event's
+    `by_time` sorts the events by (time, key hash, known), `by_known` by max(time, known); `codes` is each event's
     group, −1 for none; `operands` is [operands, events]. Events that are never known are left out, repeated ones too.
     """
     width = 4 + operands.shape[0]
@@ -178,6 +168,27 @@ def unpack(buffer: Ints, starts: Ints, columns: int) -> tuple[Ints, Ints, Ints, 
     return codes, time, known, key_hash, operands
 
 
+@njit(cache=True, nogil=True)
+def newest_events(buffer: Ints, firsts: Ints, sizes: Ints) -> Ints:
+    """Place of the newest event in each record: the largest by event time, known-at, key hash.
+
+    `firsts` are the words after each record's first, `sizes` its number of events, at least one.
+    """
+    found = np.empty(len(firsts), np.int64)
+    for g in range(len(firsts)):
+        n = sizes[g]
+        time = buffer[firsts[g] : firsts[g] + n]
+        known = buffer[firsts[g] + n : firsts[g] + 2 * n]
+        best = n - 1
+        i = n - 2
+        while i >= 0 and time[i] == time[best]:
+            if known[i] > known[best]:
+                best = i
+            i -= 1
+        found[g] = best
+    return found
+
+
 @njit(
     types.UniTuple(int64[::1], 2)(_READ, int64, _READ),
     cache=True,
@@ -223,146 +234,18 @@ def sweep(buffer: Ints, starts: Ints, rows: Ints, row_starts: Ints, at: Ints, pl
         first = starts[g] + 1
         time = buffer[first : first + n]
         known = buffer[first + n : first + 2 * n]
+        key_hash = buffer[first + 2 * n : first + 3 * n]
         order = buffer[first + 3 * n : first + 4 * n]
         for j in range(plan.shape[0]):
             kind = plan[j, 0]
             begin = first + (4 + plan[j, 1]) * n
             values = floats[begin : begin + n]
             if kind in (NEWEST, LAST, TIME):
-                _newest(time, known, order, values, kind, plan[j, 2], mine, at, out[:, j])
+                newest(time, known, key_hash, order, values, kind, plan[j, 2], mine, at, out[:, j])
             elif kind in (MIN, MAX):
-                _extreme(time, known, order, values, kind, plan[j, 2], mine, at, out[:, j])
+                extreme(time, known, key_hash, order, values, kind, plan[j, 2], mine, at, out[:, j])
             else:
-                _total(time, known, order, values, kind, plan[j, 2], mine, at, out[:, j])
-
-
-@njit(cache=True, nogil=True)
-def _newest(
-    time: Ints, known: Ints, order: Ints, values: Floats, kind: int, width: int, rows: Ints, at: Ints, out: Floats
-) -> None:
-    """Newest values: events are sorted by newness, so the largest place known so far is the newest."""
-    best = -1
-    added = 0
-    for row in rows:
-        t = at[row]
-        while added < len(order):
-            i = order[added]
-            if max(time[i], known[i]) > t:
-                break
-            if i > best and (kind != LAST or values[i] == values[i]):
-                best = i
-            added += 1
-        if best < 0:
-            out[row] = np.nan
-        elif kind == NEWEST:
-            out[row] = values[best] if width < 0 or t - time[best] <= width else np.nan
-        elif kind == TIME:
-            out[row] = time[best]
-        else:
-            out[row] = values[best] if time[best] > t - width else np.nan
-
-
-@njit(cache=True, nogil=True)
-def _total(
-    time: Ints, known: Ints, order: Ints, values: Floats, kind: int, width: int, rows: Ints, at: Ints, out: Floats
-) -> None:
-    """Count, sum, mean: every event comes in once and goes out once; the total is two integers of 32 + 32 bits."""
-    count = 0
-    huge = 0
-    high = np.int64(0)
-    low = np.int64(0)
-    added = 0
-    gone = 0
-    previous = BEFORE_ALL
-    for row in rows:
-        t = at[row]
-        edge = t - width
-        while gone < len(time) and time[gone] <= edge:
-            v = values[gone]
-            # Whatever was known at the row before is in the total: it was in the window then, or had gone before.
-            if v == v and max(time[gone], known[gone]) <= previous:
-                count -= 1
-                if abs(v) >= LARGEST:
-                    huge -= 1
-                else:
-                    fixed = np.int64(np.rint(v * FIXED))
-                    high -= fixed >> 32
-                    low -= fixed & (_HALF - 1)
-            gone += 1
-        while added < len(order):
-            i = order[added]
-            if max(time[i], known[i]) > t:
-                break
-            v = values[i]
-            if v == v and time[i] > edge:
-                count += 1
-                if abs(v) >= LARGEST:
-                    huge += 1
-                else:
-                    fixed = np.int64(np.rint(v * FIXED))
-                    high += fixed >> 32
-                    low += fixed & (_HALF - 1)
-            added += 1
-        previous = t
-        if kind == COUNT:
-            out[row] = count
-        elif huge > 0:
-            out[row] = np.nan
-        else:
-            total = (float(high + (low >> 32)) * float(_HALF) + float(low & (_HALF - 1))) / FIXED
-            if kind == SUM:
-                out[row] = total
-            else:
-                out[row] = total / count if count > 0 else np.nan
-
-
-@njit(cache=True, nogil=True)
-def _extreme(
-    time: Ints, known: Ints, order: Ints, values: Floats, kind: int, width: int, rows: Ints, at: Ints, out: Floats
-) -> None:
-    """Min and max: a heap whose top is thrown away while it is too old (an event never comes back)."""
-    sign = 1.0 if kind == MIN else -1.0
-    heap = np.empty(len(time), np.int64)
-    size = 0
-    added = 0
-    for row in rows:
-        t = at[row]
-        edge = t - width
-        while added < len(order):
-            i = order[added]
-            if max(time[i], known[i]) > t:
-                break
-            v = values[i]
-            if v == v and time[i] > edge:
-                at_ = size
-                size += 1
-                while at_ > 0 and sign * values[heap[(at_ - 1) // 2]] > sign * v:
-                    heap[at_] = heap[(at_ - 1) // 2]
-                    at_ = (at_ - 1) // 2
-                heap[at_] = i
-            added += 1
-        while size > 0 and time[heap[0]] <= edge:
-            size -= 1
-            _sift(heap, size, values, sign)
-        out[row] = values[heap[0]] if size > 0 else np.nan
-
-
-@njit(cache=True, nogil=True)
-def _sift(heap: Ints, size: int, values: Floats, sign: float) -> None:
-    """Put the heap's last entry (number `size`) in place of its top."""
-    moved = heap[size]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and sign * values[heap[child + 1]] < sign * values[heap[child]]:
-            child += 1
-        if sign * values[heap[child]] >= sign * values[moved]:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = moved
+                total(time, known, key_hash, order, values, kind, plan[j, 2], mine, at, out[:, j])
 
 
 def warm() -> None:
@@ -373,4 +256,4 @@ def warm() -> None:
     plan = np.array([[kind, 0, 1] for kind in KINDS.values()], dtype=np.int64)
     sweep(buffer, starts[:1].copy(), rows, row_starts, one, plan, np.zeros((1, len(plan))))
     unpack(none, none, 1)
-    prune(one.copy(), 1, one, one, one, 0, 1)
+    prune(one.copy(), 1, one, one, 0, 1)

@@ -24,8 +24,8 @@ SECOND_US = 1_000_000
 _UNIT_US = {"ms": 1_000, "s": SECOND_US, "m": 60 * SECOND_US, "h": 3600 * SECOND_US, "d": 86400 * SECOND_US}
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h|d)$")
 
-Aggregate = Literal["count", "sum", "mean", "min", "max", "last"]
-AGGREGATES: tuple[Aggregate, ...] = ("count", "sum", "mean", "min", "max", "last")
+Aggregate = Literal["count", "sum", "mean", "std", "min", "max", "last"]
+AGGREGATES: tuple[Aggregate, ...] = ("count", "sum", "mean", "std", "min", "max", "last")
 Calendar = Literal["hour", "weekday", "month", "day_of_year"]
 CALENDAR: tuple[Calendar, ...] = ("hour", "weekday", "month", "day_of_year")
 _OPS = ("+", "-", "*", "/", ">", ">=", "<", "<=", "==", "!=", "and", "or")
@@ -110,6 +110,10 @@ class Expr:
     def mean(self, window: str) -> Expr:
         """Mean of the values in the window."""
         return Window("mean", self, duration_us(window))
+
+    def std(self, window: str) -> Expr:
+        """Standard deviation of the values in the window, as of a sample (n − 1); null for fewer than two."""
+        return Window("std", self, duration_us(window))
 
     def min(self, window: str) -> Expr:
         """Smallest value in the window."""
