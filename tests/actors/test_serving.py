@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import venv
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
 from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route
-from raymill.cluster.environment import haproxy_files, serve_environment
+from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.client import Client
@@ -106,9 +107,11 @@ def cluster():
             f"http://127.0.0.1:{ports.dashboard}",
             home,
             url=f"http://127.0.0.1:{ports.serve}",
+            serve_options=serve_options(ports),
             headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
         )
         endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}))
+        endpoint.grpc_url = f"127.0.0.1:{ports.grpc}"
         endpoint.metrics_url = f"http://127.0.0.1:{told['metrics_port']}/metrics"
         yield endpoint, digests, home
     finally:
@@ -211,6 +214,39 @@ def test_open_inference_protocol_answers_through_the_proxy(cluster):
         assert http.post("/v2/models/taxi/infer", json={"inputs": []}).status_code == 400
     assert (document["model_version"], document["id"]) == ("1", "q")
     assert document["outputs"][0]["data"] == [pytest.approx(0.1 + 0.001 * np.tanh(3.5), abs=1e-6)]
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory):
+    """Python of an environment with tritonclient, which wants another protobuf than Ray."""
+    folder = tmp_path_factory.mktemp("triton")
+    venv.create(folder, symlinks=True, with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    done = subprocess.run([*pip, "tritonclient[grpc,http]==2.73.0"], capture_output=True, text=True, timeout=200)
+    if done.returncode and "ConnectionError" in done.stderr:
+        pytest.skip(f"LOUD: pip reaches no package index, tritonclient is not tested: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stderr
+    return folder / "bin" / "python"
+
+
+def test_tritonclient_gets_the_same_over_http_and_grpc(cluster, triton):
+    endpoint, _, _ = cluster
+    script = Path(__file__).with_name("triton_client.py")
+    urls = [endpoint.url.removeprefix("http://"), endpoint.grpc_url]
+    done = subprocess.run([triton, script, *urls, "taxi"], capture_output=True, text=True, timeout=60, env={})
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["http"]["p"] == told["grpc"]["p"] and len(told["http"]["p"]) == 3
+    for answers in told.values():
+        assert (answers["live"], answers["ready"], answers["model_ready"]) == (True, True, True)
+        assert (answers["server"], answers["inputs"], answers["id"]) == ("raymill", ["features"], "mine")
+        assert "there is no model 'bus'" in answers["no_model"] and "version 9" in answers["no_version"]
+        assert "takes [rows, 2]" in answers["narrow"]
+    names = ("serve_num_grpc_requests_total", "serve_num_grpc_error_requests_total")
+    end = time.monotonic() + 30
+    while time.monotonic() < end and [counted(endpoint, n) for n in names] != [4, 3]:
+        time.sleep(0.5)
+    assert [counted(endpoint, n) for n in names] == [4, 3]
 
 
 def test_promotion_under_load_drops_no_request_and_keeps_the_replica(cluster):
