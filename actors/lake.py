@@ -1,9 +1,10 @@
-"""The lake: one Delta table per source, every version of it readable, every batch in it exactly once.
+"""The lake: one Delta table per source, in a folder or an object store, every batch in it exactly once.
 
 Invariants
 - A batch id is written into the same Delta commit as the batch's rows (a transaction id of the protocol), so a
   batch that is sent again, after a crash or by two writers at once, is appended once.
-- A commit is one atomic file: kill -9 at any point leaves either the whole batch or nothing.
+- A commit is one atomic file (in an object store: a conditional put): kill -9 at any point leaves either the whole
+  batch or nothing.
 - Rows come back in no particular order; what needs one sorts.
 """
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from raymill.actors.lake_place import Place
 from raymill.actors.parts import Parts
 from raymill.actors.plain_pages import is_plain, writer_properties
 from raymill.runtime.errors import ContractError, StoreError
@@ -27,14 +29,20 @@ from raymill.runtime.errors import ContractError, StoreError
 ATTEMPTS = 20
 """Rounds of look-then-write when other writers get in between (each round has delta-rs' own 15 retries in it)."""
 
-_TABLE = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+_TERMINAL = re.compile("\x1b\\[[0-9;]*m|↳")
+"""What delta-rs puts between the causes of an error, for a terminal."""
 
 
 class Lake:
-    """The Delta tables under one folder; safe for several threads and several processes at once."""
+    """The Delta tables under one folder or URL; safe for several threads, processes and hosts at once."""
 
     def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
+        """A lake.
+
+        Args:
+            root: a folder, or an object store's URL, e.g. `s3://bucket/prefix`; its keys come from the environment.
+        """
+        self._place = Place(root)
         self._writers: dict[str, DeltaTable] = {}
         self._looked_up: dict[str, tuple[str, int, int | None]] = {}
         self._locks: dict[str, threading.Lock] = {}
@@ -50,7 +58,7 @@ class Lake:
             ContractError: the columns are not those of the table.
             StoreError: the table can not be written.
         """
-        with self._lock_of(table), _as_store_error(table, "append to"):
+        with self._lock_of(table), _as_store_error(self._place, table, "append to"):
             for _ in range(ATTEMPTS):
                 writer = self._writer(table, rows.schema)
                 if self._rows_of(table, writer, batch_id) is not None:
@@ -84,8 +92,8 @@ class Lake:
         Raises:
             StoreError: there is no such table or version, or it is damaged.
         """
-        with _as_store_error(table, "read"):
-            found = DeltaTable(str(self._path(table)), version=version)
+        with _as_store_error(self._place, table, "read"):
+            found = self._place.open(table, version)
             return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
 
     def parts(self, table: str, *, version: int | None = None, by: str | None = None) -> Parts:
@@ -94,19 +102,19 @@ class Lake:
         Raises:
             StoreError: there is no such table or version.
         """
-        with _as_store_error(table, "read"):
-            files = DeltaTable(str(self._path(table)), version=version).file_uris()
+        with _as_store_error(self._place, table, "read"):
+            files = self._place.open(table, version).file_uris()
         return Parts([f.removeprefix("file://") for f in files], by=by)
 
     def version(self, table: str) -> int | None:
         """Newest version of the table; None: there is none yet."""
-        with self._lock_of(table), _as_store_error(table, "look at"):
+        with self._lock_of(table), _as_store_error(self._place, table, "look at"):
             writer = self._writer(table, None)
             return None if writer is None else writer.version()
 
     def batch_rows(self, table: str, batch_id: str) -> int | None:
         """Number of rows that the batch appended; None: it was never appended."""
-        with self._lock_of(table), _as_store_error(table, "look at"):
+        with self._lock_of(table), _as_store_error(self._place, table, "look at"):
             writer = self._writer(table, None)
             return None if writer is None else self._rows_of(table, writer, batch_id)
 
@@ -116,18 +124,14 @@ class Lake:
 
     def count(self, table: str) -> int:
         """Rows in the newest version, from the log alone; 0: there is no such table."""
-        with self._lock_of(table), _as_store_error(table, "count"):
+        with self._lock_of(table), _as_store_error(self._place, table, "count"):
             writer = self._writer(table, None)
             return 0 if writer is None else int(writer.count())
 
     def tables(self) -> list[str]:
         """Names of the tables, sorted."""
-        return sorted(p.name for p in self._root.glob("*") if (p / "_delta_log").is_dir() and _has_commit(p))
-
-    def _path(self, table: str) -> Path:
-        if not _TABLE.match(table):
-            raise StoreError(f"{table!r} can not name a lake table: lower case letters, digits, - and _ only")
-        return self._root / table
+        with _as_store_error(self._place, "*", "list"):
+            return self._place.tables()
 
     def _lock_of(self, table: str) -> threading.Lock:
         with self._lock:
@@ -143,28 +147,29 @@ class Lake:
     def _writer(self, table: str, schema: pa.Schema | None) -> Any:
         """The table as it is now: kept open and caught up, opened, or made from `schema`; None if it is absent."""
         kept = self._writers.get(table)
-        path = self._path(table)
         if kept is not None:
             # Catching up costs 4 ms even where nothing is new; every commit is the file of the next number.
-            if (path / "_delta_log" / f"{kept.version() + 1:020d}.json").exists():
+            if self._place.has_version(table, kept.version() + 1):
                 kept.update_incremental()
             return kept
-        if not _has_commit(path):
+        if not self._place.has(table):
             if schema is None:
                 return None
-            _create(path, schema)
-        self._writers[table] = DeltaTable(str(path))
+            _create(self._place, table, schema)
+        self._writers[table] = self._place.open(table)
         return self._writers[table]
 
 
-def _create(path: Path, schema: pa.Schema) -> None:
-    path.mkdir(parents=True, exist_ok=True)
+def _create(place: Place, table: str, schema: pa.Schema) -> None:
+    uri = place.uri(table)
+    if place.is_local:
+        Path(uri).mkdir(parents=True, exist_ok=True)
     # No retries: delta-rs would commit the loser of a race as version 1, with other metadata than version 0 has.
     once = CommitProperties(max_commit_retries=0)
     try:
-        DeltaTable.create(str(path), schema, mode="ignore", commit_properties=once)
+        DeltaTable.create(uri, schema, mode="ignore", commit_properties=once, storage_options=place.options)
     except CommitFailedError:
-        if not _has_commit(path):  # else another writer made it first, and its table is as good
+        if not place.has(table):  # else another writer made it first, and its table is as good
             raise
 
 
@@ -195,16 +200,12 @@ def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str) -> int:
     return writer.version()
 
 
-def _has_commit(path: Path) -> bool:
-    """Whether the table exists: a folder whose maker was killed before the first commit is no table yet."""
-    return any((path / "_delta_log").glob("*.json"))
-
-
 @contextmanager
-def _as_store_error(table: str, verb: str) -> Iterator[None]:
+def _as_store_error(place: Place, table: str, verb: str) -> Iterator[None]:
     try:
         yield
     except TableNotFoundError as err:
         raise StoreError(f"there is no lake table {table!r} (or not that version): ingest rows first; {err}") from err
     except (DeltaError, OSError, pa.ArrowException) as err:
-        raise StoreError(f"could not {verb} lake table {table!r}: {err}; see `raymill doctor`") from err
+        told = " ".join(_TERMINAL.sub(" ", str(err)).split())
+        raise StoreError(f"could not {verb} lake table {table!r} in {place.root}: {told}; {place.remedy}") from err
