@@ -17,7 +17,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, PyFileSystem
 from raymill.runtime.errors import StoreError
 
 _TABLE = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
-_RETRY_FOR = "30s"
+RETRY_FOR = "30s"
 """How long requests to an object store are made again before the lake counts as unreachable."""
 
 
@@ -83,4 +83,4 @@ def _files(uri: str, options: dict[str, str] | None) -> FileSystem:
 def _options() -> dict[str, str]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
     # An endpoint that says http:// is meant: no second variable has to allow it.
-    return {"retry_timeout": _RETRY_FOR} | ({"aws_allow_http": "true"} if endpoint.startswith("http://") else {})
+    return {"retry_timeout": RETRY_FOR} | ({"aws_allow_http": "true"} if endpoint.startswith("http://") else {})
