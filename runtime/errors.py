@@ -8,6 +8,8 @@
     │   ├── UnknownModel        404
     │   ├── UnknownVersion      404
     │   ├── UnknownPrediction   404
+    │   ├── UnknownFeature      404
+    │   ├── UnknownRow          404  a quarantined row
     │   ├── Usage               400  a wrong word on the command line
     │   ├── NoSuchPath          404
     │   ├── WrongMethod         405
@@ -98,6 +100,20 @@ class UnknownPrediction(RequestError):
 
     http_status = 404
     remedy = "take the id from an answer of `/predict`"
+
+
+class UnknownRow(RequestError):
+    """No quarantined row has that id."""
+
+    http_status = 404
+    remedy = "`raymill quarantine list` shows the rows with their ids"
+
+
+class UnknownFeature(RequestError):
+    """No pipeline ever registered a feature of that name."""
+
+    http_status = 404
+    remedy = "`raymill features list` shows the features there are"
 
 
 class TooLarge(RequestError):
