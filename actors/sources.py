@@ -2,12 +2,13 @@
 
 Invariants
 - Reading checks nothing: what a row must be is the contract's matter, and one bad value never costs the file.
-- A file that did not change is cut into the same batches under the same ids however often it is read.
+- A file that did not change is cut into the same batches under the same ids however and however often it is read; the
+  id of its last batch ends in `-end`, so the lake knows whether the whole file is in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,38 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from raymill.actors.contract import event_times
+from raymill.actors.contract import arrow_schema, event_times
+from raymill.actors.files import File, files_in, look
 from raymill.runtime.errors import ContractError
-from raymill.runtime.expressions import digest
-from raymill.runtime.spec import Source
+from raymill.runtime.spec import DeltaTable, Directory, RedisStream, Source
 
 FILE_BATCH_ROWS = 131_072
 """Rows of one batch of a large file; part of the batch's id, so that a retry cuts the file at the same places."""
 
 
 def read_rows(source: Source) -> pa.Table:
-    """All rows that the source's `read` gives, unchecked.
+    """All rows that the source's `read` gives now, unchecked.
+
+    Of a watched folder that is all files, of a Delta table the declared version, else the newest.
 
     Raises:
-        ContractError: the source has no `read`, or it gives no Arrow table.
+        ContractError: the source has no `read`, it is a stream, or it gives no Arrow table.
     """
-    if source.read is None:
+    read = source.read
+    if read is None:
         raise ContractError(f"source {source.name!r} declares no `read`: its rows are only sent in")
-    rows = source.read() if callable(source.read) else pa.concat_tables(read_batches(Path(source.read), source))
+    if isinstance(read, RedisStream):
+        raise ContractError(f"source {source.name!r} is a stream, which has no end: `raymill feed` follows it")
+    if isinstance(read, DeltaTable):
+        from raymill.actors.delta_follow import snapshot
+
+        return snapshot(read, source)
+    if callable(read):
+        rows = read()
+    else:
+        files = files_in(read.path, read.pattern) if isinstance(read, Directory) else [look(read)]
+        tables = [rows for file in files for rows in read_batches(file, source)]
+        rows = pa.concat_tables(tables) if tables else arrow_schema(source).empty_table()
     if not isinstance(rows, pa.Table):
         raise ContractError(f"`read` of source {source.name!r} gave {type(rows).__name__}: return an Arrow table")
     return rows
@@ -53,54 +68,70 @@ def between(rows: pa.Table, source: Source, start_at: int | None, end_at: int | 
     return rows.filter(wanted).combine_chunks()
 
 
-def read_batches(path: Path, source: Source) -> Iterator[pa.Table]:
+def read_batches(file: File, source: Source) -> Iterator[pa.Table]:
     """A Parquet, CSV or Arrow file in tables of `FILE_BATCH_ROWS` (the last may be shorter), in the file's order.
 
     Raises:
         ContractError: the file is missing, damaged, or of another kind.
     """
-    waiting: list[pa.RecordBatch] = []
     try:
-        for batch in _record_batches(path, source):
-            waiting.append(batch)
-            while sum(b.num_rows for b in waiting) >= FILE_BATCH_ROWS:
-                table = pa.Table.from_batches(waiting)
-                yield table.slice(0, FILE_BATCH_ROWS)
-                waiting = table.slice(FILE_BATCH_ROWS).to_batches()
+        yield from cut(_record_batches(file, source))
     except (OSError, pa.ArrowInvalid) as err:
-        raise ContractError(f"{path} for source {source.name!r} can not be read: {err}") from err
+        raise ContractError(f"{file.place} for source {source.name!r} can not be read: {err}") from err
+
+
+def cut(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The same rows in tables of `FILE_BATCH_ROWS`; the last may be shorter. Holds about one table at a time."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(b.num_rows for b in waiting) >= FILE_BATCH_ROWS:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, FILE_BATCH_ROWS)
+            waiting = [b for b in table.slice(FILE_BATCH_ROWS).to_batches() if b.num_rows]
     if waiting:
         yield pa.Table.from_batches(waiting)
 
 
-def file_batches(path: Path, source: Source) -> Iterator[tuple[str, pa.Table]]:
+def named(prefix: str, tables: Iterable[pa.Table], source: Source) -> Iterator[tuple[str, pa.Table]]:
+    """Each table with its batch id, `<prefix>-<number>`, of the last one `<prefix>-end`; at least one, if empty."""
+    waiting: tuple[str, pa.Table] | None = None
+    for i, rows in enumerate(tables):
+        if waiting is not None:
+            yield waiting
+        waiting = (f"{prefix}-{i}", rows)
+    yield (end_of(prefix), waiting[1] if waiting else arrow_schema(source).empty_table())
+
+
+def end_of(prefix: str) -> str:
+    """Id of the last batch of what `named` named."""
+    return f"{prefix}-end"
+
+
+def file_batches(path: str | Path, source: Source) -> Iterator[tuple[str, pa.Table]]:
     """The file's batches with their ids, which are made from the file's name, size and time of change.
 
     Raises:
         ContractError: the file is missing, damaged, or of another kind.
     """
-    prefix = f"{path.name}-{_fingerprint(path)}"
-    yield from ((f"{prefix}-{i}", rows) for i, rows in enumerate(read_batches(path, source)))
+    file = look(path)
+    yield from named(file.id, read_batches(file, source), source)
 
 
-def _record_batches(path: Path, source: Source) -> Iterator[pa.RecordBatch]:
-    if path.suffix == ".parquet":
-        yield from pq.ParquetFile(path).iter_batches(FILE_BATCH_ROWS)
-    elif path.suffix == ".csv":
+def _record_batches(file: File, source: Source) -> Iterator[pa.RecordBatch]:
+    if file.kind == "parquet":
+        with file.open() as opened:
+            yield from pq.ParquetFile(opened).iter_batches(FILE_BATCH_ROWS)
+    elif file.kind == "csv":
         # All text: the contract parses, so that one bad value costs its row and not the file.
         texts = dict.fromkeys(source.schema, pa.string())
         options = pacsv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
-        yield from pacsv.open_csv(path, convert_options=options)
-    elif path.suffix in (".arrow", ".feather", ".ipc"):
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
+        with file.open() as opened:
+            yield from pacsv.open_csv(opened, convert_options=options)
+    elif file.kind == "arrow":
+        with file.open() as opened, pa.ipc.open_file(opened) as reader:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
     else:
-        raise ContractError(f"{path} for source {source.name!r}: only .parquet, .csv, .arrow, .feather, .ipc are read")
-
-
-def _fingerprint(path: Path) -> str:
-    try:
-        facts = path.stat()
-    except OSError as err:
-        raise ContractError(f"{path} can not be read: {err}") from err
-    return digest(path.name, facts.st_size, facts.st_mtime_ns)
+        raise ContractError(
+            f"{file.place} for source {source.name!r}: only .parquet, .csv, .arrow, .feather, .ipc are read"
+        )
