@@ -21,10 +21,12 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from raymill.actors.lake_cache import PartCache
 from raymill.actors.lake_place import Place
 from raymill.actors.parts import Parts
 from raymill.actors.plain_pages import is_plain, writer_properties
-from raymill.runtime.errors import ContractError, StoreError
+from raymill.runtime.errors import Conflict, ContractError, StoreError
+from raymill.runtime.home import current_home
 
 ATTEMPTS = 20
 """Rounds of look-then-write when other writers get in between (each round has delta-rs' own 15 retries in it)."""
@@ -36,25 +38,29 @@ _TERMINAL = re.compile("\x1b\\[[0-9;]*m|↳")
 class Lake:
     """The Delta tables under one folder or URL; safe for several threads, processes and hosts at once."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, cache: Path | None = None) -> None:
         """A lake.
 
         Args:
             root: a folder, or an object store's URL, e.g. `s3://bucket/prefix`; its keys come from the environment.
+            cache: where copies of an object store's parts are kept; absent: in RAYMILL_HOME.
         """
         self._place = Place(root)
+        self._cache = PartCache(cache or current_home().parts)
         self._writers: dict[str, DeltaTable] = {}
         self._looked_up: dict[str, tuple[str, int, int | None]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def append(self, table: str, rows: pa.Table, *, batch_id: str) -> int:
+    def append(self, table: str, rows: pa.Table, *, batch_id: str, after: int | None = None) -> int:
         """Append `rows` once and return a version of the table that holds them.
 
         A batch id that was appended before writes nothing and returns the present version. The first batch
-        makes the table, with its columns and types. An empty batch is remembered like any other.
+        makes the table, with its columns and types. An empty batch is remembered like any other. With `after` the
+        rows hold for that version of the table alone: where it has moved on nothing is written.
 
         Raises:
+            Conflict: the table is no longer at version `after`.
             ContractError: the columns are not those of the table.
             StoreError: the table can not be written.
         """
@@ -64,8 +70,10 @@ class Lake:
                 if self._rows_of(table, writer, batch_id) is not None:
                     return writer.version()
                 _check_columns(table, writer, rows)
+                if after is not None and writer.version() != after:
+                    raise Conflict(f"lake table {table!r} is at version {writer.version()}, no longer at {after}")
                 try:
-                    return _commit(writer, rows, batch_id)
+                    return _commit(writer, rows, batch_id, alone=after is not None)
                 except CommitFailedError:  # another writer was first, perhaps with this very batch: look again
                     self._writers.pop(table, None)
         raise StoreError(
@@ -103,8 +111,12 @@ class Lake:
             StoreError: there is no such table or version.
         """
         with _as_store_error(self._place, table, "read"):
-            files = self._place.open(table, version).file_uris()
-        return Parts([f.removeprefix("file://") for f in files], by=by)
+            found = pa.table(self._place.open(table, version).get_add_actions(flatten=True))
+            parts = list(zip(found["path"].to_pylist(), found["size_bytes"].to_pylist(), strict=True))
+            uri = self._place.uri(table)
+            if self._place.is_local:
+                return Parts([Path(uri, path) for path, _ in parts], by=by)
+            return Parts(self._cache.fetch(self._place.files(table), uri, parts), by=by)
 
     def version(self, table: str) -> int | None:
         """Newest version of the table; None: there is none yet."""
@@ -183,10 +195,10 @@ def _check_columns(table: str, writer: DeltaTable, rows: pa.Table) -> None:
         raise ContractError(f"the rows do not have the columns of lake table {table!r}: {told}")
 
 
-def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str) -> int:
+def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str, *, alone: bool) -> int:
     # The number of a transaction is the writer's to choose: the rows of the batch are what a retry wants to know.
     transaction = Transaction(batch_id, rows.num_rows)
-    properties = CommitProperties(app_transactions=[transaction])
+    properties = CommitProperties(app_transactions=[transaction], max_commit_retries=0 if alone else None)
     if rows.num_rows:
         # In one piece: delta-rs writes pieces in any order, and rows that come in the order of time should stay so.
         whole = rows.select([f.name for f in writer.schema().fields]).combine_chunks()

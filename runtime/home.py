@@ -44,6 +44,11 @@ class Home:
         return self.root / "spool"
 
     @property
+    def locks(self) -> Path:
+        """Files by which processes take turns; empty, and may be deleted while nothing runs."""
+        return self.root / "locks"
+
+    @property
     def runs(self) -> Path:
         """One folder a run: report.html, summary.json, spec.json, loop.json."""
         return self.root / "runs"
@@ -52,6 +57,11 @@ class Home:
     def cluster(self) -> Path:
         """What `raymill up` started: state.json, node table, generated files, logs."""
         return self.root / "cluster"
+
+    @property
+    def parts(self) -> Path:
+        """Copies of parts of a lake that lies in an object store (a cache: may be deleted)."""
+        return self.root / "parts"
 
     @property
     def kernels(self) -> Path:
