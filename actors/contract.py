@@ -1,12 +1,14 @@
 """Whether rows fit what their source declares: pure; bad rows get a reason, a batch of another shape is refused.
 
 Reasons: `type:<column>` (the value can not be read as the column's type), `null:<column>`, `range:<column>`,
-`one_of:<column>`, `duplicate_key`. A row gets one: types first, then column by column as declared, the key last.
-A key or time column is never null, whatever the schema says; NaN is null; an infinity is out of range.
+`one_of:<column>`, `reference:<column>` (no row of the other source has the value), `duplicate_key`. A row gets one:
+types first, then column by column as declared, then references, the key last. A key or time column is never null,
+whatever the schema says; NaN is null; an infinity is out of range.
+A batch is refused as a whole for its shape, its age (`freshness`) and its nulls (`max_null_share`).
 
 Invariants
 - Every row is either accepted or rejected, in the order given; nothing is repaired or guessed.
-- The verdict over a row depends on the row, the source, the rows before it and the keys known, on nothing else.
+- The verdict over a row depends on the row, the source, the rows before it and what the lake holds, on nothing else.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.keys import repeats
+from raymill.actors.row_text import json_rows
 from raymill.runtime.errors import ContractError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.spec import Col, Source
@@ -34,10 +36,25 @@ ARROW_TYPES: dict[str, pa.DataType] = {
 }
 """The Arrow type of each type that a source may declare."""
 
+NULL_SHARE_ROWS = 100
+"""Rows from which on a batch's share of nulls says something; smaller batches are not judged by it."""
+
 REJECTED_SCHEMA = pa.schema([("row", pa.string()), ("reason", pa.string())])
 
 IsKnown = Callable[[pa.Table], np.ndarray]
 """Key columns of n rows → bool [n]: which keys the lake holds already."""
+HasValues = Callable[[str, pa.Array], np.ndarray]
+"""(`<source>.<column>`, values [n]) → bool [n]: which of them stand in that column of the lake."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InLake:
+    """What the contract asks of the lake."""
+
+    keys: IsKnown | None = None
+    """Which keys were accepted before; absent: none."""
+    values: HasValues | None = None
+    """Which referred values exist; absent: references are not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,8 @@ class Checked:
     """The sound rows, in the source's columns and types."""
     rejected: pa.Table
     """The others: `row` (JSON of the row as it came) and `reason`."""
+    reasons: np.ndarray
+    """Reason [n] of each row of the batch, empty where it was accepted."""
 
 
 def arrow_schema(source: Source) -> pa.Schema:
@@ -55,40 +74,52 @@ def arrow_schema(source: Source) -> pa.Schema:
     return pa.schema([(name, ARROW_TYPES[c.dtype]) for name, c in source.schema.items()])
 
 
-def check(rows: pa.Table, source: Source, *, known: IsKnown | None = None, at: int | None = None) -> Checked:
+def check(
+    rows: pa.Table,
+    source: Source,
+    lake: InLake | None = None,
+    *,
+    at: int | None = None,
+    before: np.ndarray | None = None,
+    whole: bool = True,
+) -> Checked:
     """Part the rows into those that fit the source and those that do not.
 
     Args:
         rows: the batch; columns in any order, text is parsed, any width of integer or unit of time is taken.
         source: what they must fit.
-        known: which keys were accepted before; absent: none.
+        lake: what was accepted before; absent: nothing, and references are not checked.
         at: present event time, µs UTC, against which the source's `freshness` is held; absent: it is not.
+        before: reason [n] of rows that were refused already, empty for the others.
+        whole: whether the rows are a batch as it came, whose share of nulls is judged.
 
     Raises:
-        ContractError: a column is missing, strange or of a wrong type, or the newest row is too old.
+        ContractError: a column is missing, strange, of a wrong type or null too often, or the newest row is too old.
     """
     _check_shape(rows.schema, source)
-    reasons = np.full(rows.num_rows, "", dtype=object)
+    reasons = np.full(rows.num_rows, "", dtype=object) if before is None else before.copy()
     columns = {}
     for name, declared in source.schema.items():
-        raw = rows[name].combine_chunks()
-        columns[name], unreadable = _as_type(raw, ARROW_TYPES[declared.dtype])
-        if len(unreadable):
-            _mark(reasons, unreadable, f"type:{name}")
+        columns[name], unreadable = _as_type(rows[name].combine_chunks(), ARROW_TYPES[declared.dtype])
+        if whole:
+            _check_null_share(columns[name], len(unreadable), name, source)
+        _mark(reasons, unreadable, f"type:{name}")
     never_null = {*source.key, source.time}
     for name, declared in source.schema.items():
         _check_values(reasons, columns[name], name, declared, name not in never_null and declared.nullable)
     typed = pa.table(columns, schema=arrow_schema(source))
+    if lake is not None and lake.values is not None:
+        _check_references(reasons, typed, source, lake.values)
     sound = np.flatnonzero(reasons == "")
     keys = typed.select(list(source.key)).take(sound)
     again = repeats(keys)
-    if known is not None:
-        again |= known(keys)
+    if lake is not None and lake.keys is not None:
+        again |= lake.keys(keys)
     reasons[sound[again]] = "duplicate_key"
     good = reasons == ""
     accepted = typed if good.all() else typed.filter(pa.array(good))
     _check_freshness(accepted, source, at)
-    return Checked(accepted, _rejected(rows, reasons, np.flatnonzero(~good)))
+    return Checked(accepted, _rejected(rows, reasons, np.flatnonzero(~good)), reasons)
 
 
 def event_times(rows: pa.Table, source: Source) -> pa.Array:
@@ -101,11 +132,6 @@ def event_times(rows: pa.Table, source: Source) -> pa.Array:
     if source.time not in rows.column_names or not _readable(rows.schema.field(source.time).type, wanted):
         raise ContractError(f"rows of source {source.name!r} need their event times in a column {source.time!r}")
     return _as_type(rows[source.time].combine_chunks(), wanted)[0]
-
-
-def json_rows(rows: pa.Table) -> list[str]:
-    """Each row as a JSON object; what JSON lacks (bytes, NaN, …) as text or null."""
-    return [orjson.dumps(r, default=str, option=orjson.OPT_UTC_Z).decode() for r in rows.to_pylist()]
 
 
 def _check_shape(schema: pa.Schema, source: Source) -> None:
@@ -195,6 +221,27 @@ def _check_values(reasons: np.ndarray, values: pa.Array, name: str, declared: Co
 
 def _mark(reasons: np.ndarray, where: np.ndarray, reason: str) -> None:
     reasons[where[reasons[where] == ""]] = reason
+
+
+def _check_null_share(values: pa.Array, unreadable: int, name: str, source: Source) -> None:
+    most = source.schema[name].max_null_share
+    if most is None or len(values) < NULL_SHARE_ROWS:
+        return
+    nulls = pc.sum(pc.is_null(values, nan_is_null=True)).as_py() - unreadable
+    if nulls > most * len(values):
+        raise ContractError(
+            f"column {name!r} of a batch for source {source.name!r} is null in {nulls:,} of {len(values):,} rows "
+            f"({nulls / len(values):.1%}), and max_null_share is {most:.1%}: nothing of it was taken; mend the feed"
+        )
+
+
+def _check_references(reasons: np.ndarray, typed: pa.Table, source: Source, has: HasValues) -> None:
+    for name, declared in source.schema.items():
+        if declared.references is None:
+            continue
+        where = np.flatnonzero((reasons == "") & typed[name].is_valid().to_numpy())
+        values = typed[name].take(where).combine_chunks()
+        _mark(reasons, where[~has(declared.references, values)], f"reference:{name}")
 
 
 def _check_freshness(accepted: pa.Table, source: Source, at: int | None) -> None:

@@ -11,74 +11,73 @@ Invariants
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from raymill.actors.contract import Checked, check, json_rows
-from raymill.actors.keys import KeyIndex, key_hashes, key_tuples
+from raymill.actors.contract import REJECTED_SCHEMA, Checked, check
+from raymill.actors.known import Known
 from raymill.actors.lake import Lake
+from raymill.actors.quarantine import LOG, TABLE, Quarantine
+from raymill.actors.quarantine_life import Entry, State, Step, next_step
 from raymill.actors.row_refs import shared, table_of
+from raymill.actors.row_text import rows_of
 from raymill.actors.sources import between, file_batches, read_rows
 from raymill.runtime.errors import Conflict, ContractError, SpecError
-from raymill.runtime.expressions import digest
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested
 from raymill.runtime.spec import Source
+from raymill.runtime.stores import Stores, places_of
 
-QUARANTINE = "quarantine"
-"""Lake table of rejected rows."""
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("batch_id", pa.string()),
-        ("row", pa.string()),
-        ("reason", pa.string()),
-        ("wall_s", pa.float64()),
-        ("at", pa.timestamp("us", "UTC")),
-    ]
-)
 SEEDED = "seeded-"
 """Batches whose id begins so hold rows that were corrupted on purpose; `tally` counts them apart."""
 
-_RESERVED = (QUARANTINE, "predictions")
+_RESERVED = (TABLE, LOG, "predictions")
 
 
 class DataActor:
     """Stop 1 of the data: contract, quarantine, exactly-once append, accepted rows as Arrow."""
 
     def __init__(
-        self, home: str | Path, sources: list[Source], record: Callable[[list[Event]], None], pipeline: str = ""
+        self,
+        home: str | Path,
+        sources: list[Source],
+        record: Callable[[list[Event]], None],
+        pipeline: str = "",
+        stores: Stores | None = None,
     ) -> None:
         taken = [s.name for s in sources if s.name in _RESERVED]
         if taken:
             raise SpecError(f"source {taken[0]!r} has the name of one of raymill's own lake tables: rename it")
-        self._lake = Lake(Home(Path(home)).lake)
+        folders = Home(Path(home))
+        self._lake = Lake(places_of(folders, stores or Stores()).lake)
+        self._held = Quarantine(self._lake, folders.locks / "quarantine")
+        self._known = Known(self._lake)
+        self._locks = folders.locks
         self._sources = {s.name: s for s in sources}
         self._record = record
         self._pipeline = pipeline
-        self._indexes: dict[str, tuple[int | None, KeyIndex]] = {}
         self._lock = threading.RLock()
 
     def start(self) -> None:
         """Build the key indexes from the lake."""
         with self._lock:
             for source in self._sources.values():
-                self._index(source)
+                self._known.index(source)
 
     def stop(self) -> None:
         """Nothing is open that needs closing: every acknowledged batch is durable."""
 
     def health(self) -> dict[str, Any]:
         """The sources that are taken, and the keys known of each."""
-        return {"ok": True, "sources": {n: len(i) for n, (_, i) in self._indexes.copy().items()}}
+        return {"ok": True, "sources": self._known.counts()}
 
     def ingest(self, source: str, rows: Any, *, batch_id: str, at: int | None = None) -> Ingested:
         """Check a batch, quarantine its bad rows, append the others once, and give back the accepted ones.
@@ -96,25 +95,18 @@ class DataActor:
         """
         declared = self._declared(source)
         table = table_of(rows)
-        with self._lock:
+        with self._turn(source):
             appended = self._lake.batch_rows(source, batch_id)
+            before = self._held.refused_before(source, batch_id, table)
             if appended is None:
-                index = self._index(declared)
-                checked = check(table, declared, known=lambda keys: self._known(declared, index, keys), at=at)
-                self._quarantine(source, batch_id, checked.rejected, at)
-                version = self._append(declared, index, checked.accepted, batch_id)
-            else:
-                checked = self._checked_before(declared, table, batch_id, appended)
+                checked = check(table, declared, self._known.look_up(declared), at=at, before=before)
+                self._held.put(source, batch_id, checked.rejected, at)
+                version = self._append(declared, checked.accepted, batch_id)
+            else:  # the lake holds the batch's own keys now: the verdict is the one that was given then
+                checked = check(table, declared, before=before)
+                _refuse_other_rows(source, batch_id, checked, appended)
                 version = self._lake.version(source) or 0
-            done = Ingested(
-                source=source,
-                batch_id=batch_id,
-                lake_version=version,
-                accepted=checked.accepted.num_rows,
-                quarantined=_counted(checked.rejected),
-                duplicate=appended is not None,
-                rows_ref=shared(checked.accepted),
-            )
+            done = _ingested(source, batch_id, checked, version, duplicate=appended is not None)
             self._tell(done, at)
         return done
 
@@ -126,7 +118,7 @@ class DataActor:
         Raises:
             ContractError: the file is missing, of another kind, or does not fit the source.
         """
-        batches = file_batches(Path(path), self._declared(source))
+        batches = file_batches(path, self._declared(source))
         return [self.ingest(source, rows, batch_id=batch_id) for batch_id, rows in batches]
 
     def load_history(self, source: str, until: int) -> Ingested:
@@ -139,22 +131,76 @@ class DataActor:
         rows = between(read_rows(declared), declared, None, until)
         return self.ingest(source, rows, batch_id=f"history-until-{until}")
 
-    def quarantine(self, source: str | None = None) -> pa.Table:
-        """The rejected rows (of one source), newest last: source, batch_id, row (JSON), reason, wall_s, at."""
-        if self._lake.version(QUARANTINE) is None:
-            return QUARANTINE_SCHEMA.empty_table()
-        found = self._lake.read(QUARANTINE, where=[("source", "=", source)] if source else None)
-        return found.sort_by([("wall_s", "ascending"), ("batch_id", "ascending")])
+    def has_batch(self, source: str, batch_id: str) -> bool:
+        """Whether the batch was taken in."""
+        return self._lake.has_batch(self._declared(source).name, batch_id)
+
+    def set_aside(self, source: str, what: Sequence[tuple[str, str]], *, batch_id: str) -> None:
+        """Quarantine, once, what never became a row: an entry or a file, as JSON, with the reason.
+
+        Raises:
+            StoreError: the lake can not be written; doing it again is safe.
+        """
+        rejected = pa.table([list(column) for column in zip(*what, strict=True)], schema=REJECTED_SCHEMA)
+        with self._turn(self._declared(source).name):
+            self._held.put(source, batch_id, rejected, None)
+
+    def quarantine(
+        self,
+        ids: Sequence[str] | None = None,
+        *,
+        source: str | None = None,
+        reason: str | None = None,
+        state: State | None = None,
+    ) -> list[Entry]:
+        """The refused rows as they now stand; arguments and errors as in `Quarantine.entries`."""
+        return self._held.entries(ids, source=source, reason=reason, state=state)
+
+    def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
+        """Change columns of refused rows; errors as in `Quarantine.fix`."""
+        return self._held.fix(changes)
+
+    def discard(self, ids: Sequence[str], why: str) -> int:
+        """Close refused rows for good; errors as in `Quarantine.discard`."""
+        return self._held.discard(ids, why)
+
+    def reingest(self, ids: Sequence[str]) -> list[Ingested]:
+        """Hold refused rows against the contract again and append, once, those that pass; the others stay, open.
+
+        What an earlier call began and did not end comes first, whatever is asked for; rows that are closed already
+        are passed over. What comes back is to be taken in by the features, and then told to `settle`: a call that is
+        made again before that gives the same batches again.
+
+        Raises:
+            UnknownRow: an id is of no quarantined row.
+            ContractError: a row is of a source that this pipeline does not have.
+            StoreError: the lake can not be written; calling again is safe.
+        """
+        with self._held.turn():
+            chosen = [e for e in self._held.entries(ids) if e.state is State.OPEN]
+            for name in {e.source for e in chosen}:
+                self._declared(name)
+            batches = self._held.begin(chosen, among=self._sources.keys())
+            return [self._land(batch_id, entries) for batch_id, entries in batches.items()]
+
+    def settle(self, batch_id: str) -> int:
+        """Close the rows of a reingest whose batch is in the lake; how many."""
+        with self._held.turn():
+            landed = self._held.landing(batch_id)
+            if landed and self._lake.batch_rows(landed[0].source, batch_id) is None:
+                raise Conflict(f"reingest {batch_id!r} is not in the lake yet: call reingest again, then settle")
+            self._held.tell([next_step(e, Step.LANDED) for e in landed])
+        return len(landed)
 
     def tally(self) -> dict[str, Any]:
         """Counts for summary and status, from the lake alone.
 
         `ingested {source: n}`, `without_label {source: n}` (rows whose `known_at` is null, where one is declared),
-        `quarantined {reason: n}` and `seeded_bad {reason: n}` (those of batches named `seeded-…`).
+        `quarantined {reason: n}` and `seeded_bad {reason: n}` (those of batches named `seeded-…`): rows that were
+        refused and have not been reingested since.
         """
         held = {n: s for n, s in self._sources.items() if self._lake.version(n) is not None}
-        bad = self.quarantine()
-        seeded = pc.starts_with(bad["batch_id"], SEEDED)
+        bad = [e for e in self._held.entries() if e.state is not State.REINGESTED]
         return {
             "ingested": {n: self._lake.count(n) for n in held},
             "without_label": {
@@ -162,8 +208,8 @@ class DataActor:
                 for n, s in held.items()
                 if s.known_at
             },
-            "quarantined": _counted(bad.filter(pc.invert(seeded))),
-            "seeded_bad": _counted(bad.filter(seeded)),
+            "quarantined": _counted([e.reason for e in bad if not e.batch_id.startswith(SEEDED)]),
+            "seeded_bad": _counted([e.reason for e in bad if e.batch_id.startswith(SEEDED)]),
         }
 
     def _declared(self, source: str) -> Source:
@@ -171,71 +217,38 @@ class DataActor:
             raise ContractError(f"source {source!r} is not declared; this pipeline has {sorted(self._sources)}")
         return self._sources[source]
 
-    def _index(self, source: Source) -> KeyIndex:
-        """The keys in the lake now; rebuilt if the table is not at the version the index was last brought to."""
-        version = self._lake.version(source.name)
-        if source.name in self._indexes and self._indexes[source.name][0] == version:
-            return self._indexes[source.name][1]
-        index = KeyIndex()
-        if version is not None:
-            index.add(key_hashes(self._lake.read(source.name, version=version, columns=source.key)))
-        self._indexes[source.name] = (version, index)
-        return index
+    def _land(self, batch_id: str, entries: Sequence[Entry]) -> Ingested:
+        """Append the rows of a reingest that pass; the others are told first, so that the batch holds all the rest."""
+        declared = self._declared(entries[0].source)
+        rows, strange = rows_of([e.row for e in entries], declared)
+        with self._turn(declared.name):
+            appended = self._lake.batch_rows(declared.name, batch_id)
+            lake = self._known.look_up(declared) if appended is None else None
+            checked = check(rows, declared, lake, before=strange, whole=False)
+            version = self._lake.version(declared.name) or 0
+            if appended is not None:
+                _refuse_other_rows(declared.name, batch_id, checked, appended)
+            else:
+                pairs = zip(entries, checked.reasons, strict=True)
+                self._held.tell([next_step(e, Step.REFUSED, batch_id=batch_id, reason=why) for e, why in pairs if why])
+                if checked.accepted.num_rows:
+                    version = self._append(declared, checked.accepted, batch_id)
+            done = _ingested(declared.name, batch_id, checked, version, duplicate=appended is not None)
+            self._tell(done, None)
+        return done
 
-    def _known(self, source: Source, index: KeyIndex, keys: pa.Table) -> np.ndarray:
-        """Bool [n]: which keys the lake holds; a hit in the index is confirmed by the rows themselves."""
-        found = index.maybe(key_hashes(keys))
-        hits = np.flatnonzero(found)
-        if len(hits):
-            suspects = keys.take(hits)
-            where = [(c, "in", suspects[c].unique().to_pylist()) for c in source.key]
-            held = set(key_tuples(self._lake.read(source.name, columns=source.key, where=where)))
-            found[hits] = [key in held for key in key_tuples(suspects)]
-        return found
-
-    def _append(self, source: Source, index: KeyIndex, accepted: pa.Table, batch_id: str) -> int:
+    def _append(self, source: Source, accepted: pa.Table, batch_id: str) -> int:
         version = self._lake.append(source.name, accepted, batch_id=batch_id)
-        index.add(key_hashes(accepted.select(list(source.key))))
-        self._indexes[source.name] = (version, index)
+        self._known.appended(source, accepted, version)
         return version
 
-    def _quarantine(self, source: str, batch_id: str, rejected: pa.Table, at: int | None) -> None:
-        """Append the rejected rows that quarantine does not hold yet from an earlier, unfinished try."""
-        if not rejected.num_rows:
-            return
-        # Between an unfinished try and this one other batches may have come, and made more rows duplicates.
-        missing = sorted((Counter(_pairs(rejected)) - self._held(source, batch_id)).elements())
-        if not missing:
-            return
-        n = len(missing)
-        columns = [[source] * n, [batch_id] * n, *zip(*missing, strict=True), [time.time()] * n, [at] * n]
-        rows = pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, QUARANTINE_SCHEMA, strict=True)], QUARANTINE_SCHEMA
-        )
-        self._lake.append(QUARANTINE, rows, batch_id=f"{source}/{batch_id}/{digest(missing)}")
-
-    def _held(self, source: str, batch_id: str) -> Counter[tuple[str, str]]:
-        if self._lake.version(QUARANTINE) is None:
-            return Counter()
-        where = [("source", "=", source), ("batch_id", "=", batch_id)]
-        return Counter(_pairs(self._lake.read(QUARANTINE, where=where, columns=["row", "reason"])))
-
-    def _checked_before(self, source: Source, rows: pa.Table, batch_id: str, appended: int) -> Checked:
-        """The verdict over a batch that is in the lake, as it was given then (the lake now holds its own keys)."""
-        checked = check(rows, source)
-        # Rows that quarantine holds as duplicates, though within the batch they are none, had a key known before.
-        lost = self._held(source.name, batch_id) - Counter(_pairs(checked.rejected))
-        if lost:
-            texts = {text for text, _ in lost}
-            there = [i for i, text in enumerate(json_rows(rows)) if text in texts]
-            then = set(key_tuples(check(rows.take(there), source).accepted.select(list(source.key))))
-            checked = check(rows, source, known=lambda keys: np.array([k in then for k in key_tuples(keys)], np.bool_))
-        if checked.accepted.num_rows != appended:
-            raise Conflict(
-                f"batch {batch_id!r} of source {source.name!r} appended {appended} rows before, but these make "
-                f"{checked.accepted.num_rows}: give other rows an id of their own"
-            )
-        return checked
+    @contextmanager
+    def _turn(self, source: str) -> Iterator[None]:
+        """Alone with the source, also among processes: another pipeline may read the same one."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        with self._lock, open(self._locks / source, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _tell(self, done: Ingested, at: int | None) -> None:
         self._record(
@@ -258,9 +271,25 @@ class DataActor:
         )
 
 
-def _pairs(rejected: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(rejected["row"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
+def _ingested(source: str, batch_id: str, checked: Checked, version: int, *, duplicate: bool) -> Ingested:
+    return Ingested(
+        source=source,
+        batch_id=batch_id,
+        lake_version=version,
+        accepted=checked.accepted.num_rows,
+        quarantined=_counted(checked.rejected["reason"].to_pylist()),
+        duplicate=duplicate,
+        rows_ref=shared(checked.accepted),
+    )
 
 
-def _counted(rejected: pa.Table) -> dict[str, int]:
-    return dict(sorted(Counter(rejected["reason"].to_pylist()).items()))
+def _refuse_other_rows(source: str, batch_id: str, checked: Checked, appended: int) -> None:
+    if checked.accepted.num_rows != appended:
+        raise Conflict(
+            f"batch {batch_id!r} of source {source!r} appended {appended} rows before, but these make "
+            f"{checked.accepted.num_rows}: give other rows an id of their own"
+        )
+
+
+def _counted(reasons: list[str]) -> dict[str, int]:
+    return dict(sorted(Counter(reasons).items()))

@@ -10,11 +10,13 @@ from typing import Any
 from raymill.actors.data import SEEDED
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
+from raymill.actors.quarantine_life import State
 from raymill.jobs.replay import DAY_US, iso_date
 from raymill.jobs.run import Progress, Run
 from raymill.jobs.world import World
 from raymill.runtime.cost import split
 from raymill.runtime.lineage import trace
+from raymill.runtime.stores import places_of
 
 PREDICTIONS = "predictions"
 
@@ -125,10 +127,11 @@ def _short(training_id: str, run: str) -> str:
 
 
 def _quarantine(world: World) -> list[dict[str, Any]]:
-    """Rejected rows by source and reason, those that were spoilt on purpose apart."""
+    """Rows that were refused and are not in the lake, by source and reason; those spoilt on purpose apart."""
     found = Counter(
-        (row["source"], row["reason"], row["batch_id"].startswith(SEEDED))
-        for row in world.data.quarantine().select(["source", "reason", "batch_id"]).to_pylist()
+        (entry.source, entry.reason, entry.batch_id.startswith(SEEDED))
+        for entry in world.data.quarantine()
+        if entry.state is not State.REINGESTED
     )
     return [
         {"source": source, "reason": reason, "rows": rows, "seeded": seeded}
@@ -162,7 +165,7 @@ def _replica_kill(progress: Progress) -> dict[str, Any] | None:
 
 def _lineage(world: World) -> list[dict[str, Any]]:
     """The way back from the newest prediction."""
-    lake = Lake(world.home.lake)
+    lake = Lake(places_of(world.home, world.pipeline.stores).lake)
     if lake.version(PREDICTIONS) is None:
         return []
     newest = lake.read(PREDICTIONS, columns=["id", "at"], where=[("model", "=", world.pipeline.name)])

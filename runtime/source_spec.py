@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from raymill.runtime.column_spec import VALUE, Col
 from raymill.runtime.expressions import duration_us
 
-VALUE = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
-"""Pydantic's settings of every declared value."""
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
-
-DType = Literal["string", "int64", "float64", "bool", "timestamp"]
 
 
 def _checked_name(name: str) -> str:
@@ -47,22 +44,6 @@ def _checked_redis(url: str) -> str:
 
 Name = Annotated[str, AfterValidator(_checked_name)]
 Duration = Annotated[str, AfterValidator(_checked_duration)]
-
-
-@dataclass(frozen=True, config=VALUE)
-class Col:
-    """What one column of a source must be."""
-
-    dtype: DType
-    """Type of its values; `timestamp` is microseconds, UTC."""
-    nullable: bool = False
-    """Whether a row may lack it."""
-    ge: float | None = None
-    """Smallest valid value."""
-    le: float | None = None
-    """Largest valid value."""
-    one_of: tuple[str, ...] | None = None
-    """The only valid strings, if they are known."""
 
 
 @dataclass(frozen=True, config=VALUE)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from raymill.runtime.column_spec import VALUE, Col, DType
 from raymill.runtime.expressions import duration_us
-from raymill.runtime.source_spec import VALUE, Col, DeltaTable, Directory, DType, Duration, Name, RedisStream, Source
+from raymill.runtime.source_spec import DeltaTable, Directory, Duration, Name, RedisStream, Source
 from raymill.runtime.stores import Stores
 from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 

@@ -16,8 +16,8 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from pydantic import AfterValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
+from raymill.runtime.column_spec import VALUE
 from raymill.runtime.home import Home
-from raymill.runtime.source_spec import VALUE
 
 REDIS_PASSWORD = "RAYMILL_REDIS_PASSWORD"
 """Environment variable with the password of Redis."""

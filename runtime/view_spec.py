@@ -7,8 +7,9 @@ from dataclasses import replace
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
+from raymill.runtime.column_spec import VALUE
 from raymill.runtime.expressions import Column, Expr, digest
-from raymill.runtime.source_spec import VALUE, Duration, Name, Source
+from raymill.runtime.source_spec import Duration, Name, Source
 
 
 @dataclass(frozen=True, config=VALUE)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymill.actors.contract import arrow_schema, check, event_times
+from raymill.actors.contract import InLake, arrow_schema, check, event_times
 from raymill.actors.keys import key_tuples
 from raymill.runtime.errors import ContractError
 from raymill.runtime.spec import Col, Source
@@ -170,7 +170,7 @@ def test_a_known_key_makes_a_duplicate_and_is_asked_for_sound_rows_only():
         asked.extend(key_tuples(keys))
         return np.ones(keys.num_rows, np.bool_)
 
-    checked = check(table(row(), row(place=None)), SOURCE, known=known)
+    checked = check(table(row(), row(place=None)), SOURCE, InLake(keys=known))
     assert reasons(checked) == ["duplicate_key", "null:place"]
     assert asked == [("north", EPOCH)]
 

@@ -1,0 +1,231 @@
+"""Quarantine: every refused row under an id of its own, and the log of all that was done to it since.
+
+Invariants
+- Two append-only lake tables hold everything: `quarantine`, the rows as they came, and `quarantine_log`, the steps of
+  their lives. What a row is now is computed from both; nothing is ever overwritten.
+- A row that was refused in a batch stays refused in that batch, however often the batch is sent: a later try of it
+  may find the row's parent there, and would else bring in a row that quarantine holds as well.
+- Only the holder of `turn()` appends to the log, one process at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raymill.actors.lake import Lake
+from raymill.actors.quarantine_life import Done, Entry, State, Step, entry_ids, landing_id, lived, next_step, patched
+from raymill.actors.row_text import json_rows
+from raymill.runtime.errors import UnknownRow
+from raymill.runtime.expressions import digest
+
+TABLE, LOG = "quarantine", "quarantine_log"
+"""Lake tables of the refused rows, and of what was done to them."""
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("batch_id", pa.string()),
+        ("row", pa.string()),
+        ("reason", pa.string()),
+        ("wall_s", pa.float64()),
+        ("at", pa.timestamp("us", "UTC")),
+    ]
+)
+LOG_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("number", pa.int64()),
+        ("step", pa.string()),
+        ("row", pa.string()),
+        ("batch_id", pa.string()),
+        ("reason", pa.string()),
+        ("wall_s", pa.float64()),
+    ]
+)
+
+BATCH_ROWS = 16_384
+"""Most rows of one batch of a reingest."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Quarantine:
+    """The refused rows of one home."""
+
+    def __init__(self, lake: Lake, lock: Path) -> None:
+        """Nothing is opened.
+
+        Args:
+            lake: where the tables are.
+            lock: file by which the processes of this host take turns.
+        """
+        self._lake = lake
+        self._lock = lock
+        self._batches: tuple[int | None, set[tuple[str, str]]] = (None, set())
+
+    def refused_before(self, source: str, batch_id: str, rows: pa.Table) -> np.ndarray | None:
+        """Reason [n] for which an earlier try of the batch refused a row, empty where it did not; None: none did."""
+        held = self._held(source, batch_id)
+        if not held:
+            return None
+        reasons = np.full(rows.num_rows, "", dtype=object)
+        texts = json_rows(rows)
+        waiting: dict[str, list[str]] = {}
+        for text, reason in held.elements():
+            waiting.setdefault(text, []).append(reason)
+        for i in reversed(range(len(texts))):  # of rows that are alike the first was taken
+            if waiting.get(texts[i]):
+                reasons[i] = waiting[texts[i]].pop()
+        return reasons
+
+    def put(self, source: str, batch_id: str, rejected: pa.Table, at: int | None) -> None:
+        """Append those of the refused rows (`row`, `reason`) that an earlier try of the batch did not."""
+        if not rejected.num_rows:
+            return
+        held = self._held(source, batch_id)
+        left, missing = held.copy(), []
+        for pair in _pairs(rejected):
+            if left[pair]:
+                left[pair] -= 1
+            else:
+                missing.append(pair)
+        if not missing:
+            return
+        n, ids = len(missing), entry_ids(source, batch_id, missing, held)
+        columns = [ids, [source] * n, [batch_id] * n, *zip(*missing, strict=True), [time.time()] * n, [at] * n]
+        version = self._lake.append(TABLE, _table(columns, SCHEMA), batch_id=f"{source}/{batch_id}/{digest(ids)}")
+        known, batches = self._batches
+        batches.add((source, batch_id))
+        self._batches = (version if version - 1 == (known or 0) else None, batches)
+
+    def entries(
+        self,
+        ids: Sequence[str] | None = None,
+        *,
+        source: str | None = None,
+        reason: str | None = None,
+        state: State | None = None,
+    ) -> list[Entry]:
+        """The rows as they now stand, oldest first; only those that are named, and only what all filters pass.
+
+        Raises:
+            UnknownRow: an id is of no quarantined row.
+        """
+        where = [("id", "in", list(ids))] if ids is not None else []
+        came = self._rows(TABLE, SCHEMA, where + ([("source", "=", source)] if source else []))
+        lost = sorted(set(ids or ()) - set(came["id"].to_pylist()))
+        if lost:
+            told = f" of source {source!r}" if source else ""
+            raise UnknownRow(f"no quarantined row{told} has the id {lost[0]!r}: `raymill quarantine list` shows them")
+        came = came.sort_by([("wall_s", "ascending"), ("batch_id", "ascending"), ("id", "ascending")])
+        log = self._rows(LOG, LOG_SCHEMA, where)
+        found = lived(map(_entry, came.to_pylist()), map(_done, log.to_pylist()))
+        return [e for e in found if reason in (None, e.reason) and state in (None, e.state)]
+
+    def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
+        """Change columns of open entries, id → {column: value}; the rows come in again by a reingest.
+
+        Raises:
+            UnknownRow: an id is of no quarantined row.
+            ContractError: a row has no such column.
+            Conflict: an entry is reingested or discarded already.
+        """
+        with self.turn():
+            found = self.entries(list(changes))
+            self.tell([next_step(e, Step.FIXED, row=patched(e, changes[e.id])) for e in found])
+        return self.entries(list(changes))
+
+    def discard(self, ids: Sequence[str], why: str) -> int:
+        """Close open entries for good without their rows coming in; how many. Discarded ones stay as they are.
+
+        Raises:
+            UnknownRow: an id is of no quarantined row.
+            Conflict: an entry is reingested already.
+        """
+        with self.turn():
+            found = [e for e in self.entries(ids) if e.state is not State.DISCARDED]
+            self.tell([next_step(e, Step.DISCARDED, reason=why) for e in found])
+        return len(found)
+
+    def begin(self, chosen: Sequence[Entry], *, among: Collection[str]) -> dict[str, list[Entry]]:
+        """Put open entries into batches to land, after those of these sources that were begun before and not ended.
+
+        Batch id → its entries, all of one source. Only within `turn()`.
+        """
+        batches: dict[str, list[Entry]] = {}
+        for entry in self.entries(state=State.PENDING):
+            if entry.source in among:
+                batches.setdefault(entry.landing, []).append(entry)
+        for source in sorted({e.source for e in chosen}):
+            rows = [e for e in chosen if e.source == source]
+            for part in (rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)):
+                batch_id = landing_id(part)
+                self.tell([next_step(e, Step.BEGUN, batch_id=batch_id) for e in part])
+                batches[batch_id] = self.entries([e.id for e in part])
+        return batches
+
+    def landing(self, batch_id: str) -> list[Entry]:
+        """The entries that a reingest has and has not closed."""
+        return [e for e in self.entries(state=State.PENDING) if e.landing == batch_id]
+
+    def tell(self, steps: Sequence[Done]) -> None:
+        """Append steps to the log, all or none, once; only within `turn()`."""
+        if steps:
+            columns = [[getattr(s, f.name) for s in steps] for f in LOG_SCHEMA if f.name != "wall_s"]
+            rows = _table([*columns, [time.time()] * len(steps)], LOG_SCHEMA)
+            self._lake.append(LOG, rows, batch_id=digest([(s.id, s.number, s.step) for s in steps]))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Alone among the processes of this host; what was read before may be stale inside."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._lock, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _held(self, source: str, batch_id: str) -> Counter[tuple[str, str]]:
+        """(row, reason) of what an earlier try of the batch left here."""
+        version = self._lake.version(TABLE)
+        if version is None:
+            return Counter()
+        if self._batches[0] != version:
+            read = self._lake.read(TABLE, version=version, columns=["source", "batch_id"])
+            self._batches = (version, set(zip(*(c.to_pylist() for c in read.columns), strict=True)))
+        if (source, batch_id) not in self._batches[1]:
+            return Counter()
+        where = [("source", "=", source), ("batch_id", "=", batch_id)]
+        held = self._lake.read(TABLE, where=where, columns=["row", "reason"])
+        return Counter(_pairs(held))
+
+    def _rows(self, table: str, schema: pa.Schema, where: list[tuple[str, str, Any]]) -> pa.Table:
+        if self._lake.version(table) is None:
+            return schema.empty_table()
+        return self._lake.read(table, where=where or None)
+
+
+def _pairs(rejected: pa.Table) -> list[tuple[str, str]]:
+    return list(zip(rejected["row"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
+
+
+def _table(columns: Sequence[Sequence[Any]], schema: pa.Schema) -> pa.Table:
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    at = row.pop("at")
+    return Entry(**row, at=None if at is None else (at - _EPOCH) // timedelta(microseconds=1))
+
+
+def _done(row: dict[str, Any]) -> Done:
+    del row["wall_s"]
+    return Done(**row | {"step": Step(row["step"])})
