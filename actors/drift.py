@@ -37,6 +37,7 @@ from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, ModelVersion, Verdict
 from raymill.runtime.records import RecordsActor, RemoteRecords
 from raymill.runtime.spec import Label, Pipeline
+from raymill.runtime.stores import places_of
 
 Floats = NDArray[np.float64]
 
@@ -84,7 +85,8 @@ class DriftMonitor:
 
     def start(self) -> None:
         """Rebuild the window from lake and ledger."""
-        lake, source = Lake(self._home.lake), self._pipeline.label.source
+        lake = Lake(places_of(self._home, self._pipeline.stores).lake)
+        source = self._pipeline.label.source
         tables = lake.tables()
         with self._lock:
             self._observed, self._segments = self._empty(), set()
@@ -135,6 +137,11 @@ class DriftMonitor:
             kept = self._observed.add_predictions(predictions.filter(mine).select(COLUMNS))
             self._segments.add(segment)
             return kept
+
+    def take(self, done: Ingested) -> None:
+        """Take in what the DataActor accepted; rows of other sources than the label's are passed over."""
+        if done.source == self._pipeline.label.source.name:
+            self.labels(table_of(done.rows_ref))
 
     def labels(self, rows: pa.Table) -> int:
         """Take in rows of the label's source; returns how many carry a label. Rows may come twice."""

@@ -1,7 +1,8 @@
 """Where the prediction log ends: the lake table `predictions` and the monitor, each row in each of them once.
 
 Invariant: of the rows of one model and id only the first that arrives stays (of a shadow's, the first per version),
-whichever replicas sent them: the replicas of a host take turns by a file lock.
+whichever replicas of whichever hosts sent them: what is new of a segment is appended to the version of the table that
+it was compared with, else compared again. The replicas of a host take turns by a file lock, so that this is rare.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.lake import Lake
+from raymill.runtime.errors import Conflict
 
 TABLE = "predictions"
 LOOK_BACK_US = 3_600_000_000  # a retry has the moment of the first try, or one a deadline later; rows are found by it
@@ -25,10 +27,10 @@ Observe = Callable[[str, str, pa.Table], bool]
 
 
 class LakeSink:
-    """Ships segments to the lake, after the monitor has seen them."""
+    """Ships segments to the lake of each model, after the monitor has seen them."""
 
-    def __init__(self, lake: Path, lock: Path, observe: Observe) -> None:
-        self._lake = Lake(lake)
+    def __init__(self, lake_of: Callable[[str], Lake], lock: Path, observe: Observe) -> None:
+        self._lake_of = lake_of
         self._lock = lock
         self._observe = observe
 
@@ -37,11 +39,24 @@ class LakeSink:
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not rows.num_rows or self._lake.has_batch(TABLE, segment):
-                return
-            fresh = self._fresh(rows)
+            lakes: dict[Lake, list[str]] = {}
+            for model in rows.column("model").unique().to_pylist():
+                lakes.setdefault(self._lake_of(model), []).append(model)
+            for lake, models in lakes.items():
+                theirs = pc.is_in(rows.column("model"), value_set=pa.array(models))
+                self._append(lake, segment, rows.filter(theirs))
+
+    def _append(self, lake: Lake, segment: str, rows: pa.Table) -> None:
+        if lake.version(TABLE) is None:
+            lake.append(TABLE, rows.slice(0, 0), batch_id="created")
+        while not lake.has_batch(TABLE, segment):
+            version = lake.version(TABLE)
+            fresh = _fresh(lake, version, rows)
             lonely = self._show(segment, fresh, fresh.column("model").unique().to_pylist())
-            self._lake.append(TABLE, fresh, batch_id=segment)
+            try:
+                lake.append(TABLE, fresh, batch_id=segment, after=version)
+            except Conflict:
+                continue
             # A monitor that came meanwhile read the lake before this append.
             self._show(segment, fresh, lonely)
 
@@ -49,18 +64,18 @@ class LakeSink:
         """Hand each model's monitor its rows; the models that have none."""
         return [m for m in models if not self._observe(m, segment, rows.filter(pc.equal(rows.column("model"), m)))]
 
-    def _fresh(self, rows: pa.Table) -> pa.Table:
-        names = _names(rows)
-        _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
-        if len(first) < rows.num_rows:
-            first.sort()
-            rows, names = rows.take(pa.array(first)), names.take(pa.array(first))
-        if self._lake.version(TABLE) is None:
-            return rows
-        moments = pc.min_max(rows.column("at")).as_py()
-        where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
-        there = self._lake.read(TABLE, columns=["model", "id", "role", "version"], where=where)
-        return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
+
+def _fresh(lake: Lake, version: int | None, rows: pa.Table) -> pa.Table:
+    """The rows that a version of the table does not have, each once."""
+    names = _names(rows)
+    _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
+    if len(first) < rows.num_rows:
+        first.sort()
+        rows, names = rows.take(pa.array(first)), names.take(pa.array(first))
+    moments = pc.min_max(rows.column("at")).as_py()
+    where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
+    there = lake.read(TABLE, version=version, columns=["model", "id", "role", "version"], where=where)
+    return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
 
 
 def _names(rows: pa.Table) -> pa.Array:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from raymill.actors.lake import Lake
+from raymill.actors.lakes import Lakes
 from raymill.runtime import cost, lineage
-from raymill.runtime.errors import UnknownModel
-from raymill.runtime.home import Home
+from raymill.runtime.errors import UnknownModel, UnknownPrediction
 from raymill.runtime.spawn import ask, find
 
 _PATIENCE_S = 10.0
@@ -25,9 +25,9 @@ Reading = Callable[[Mapping[str, str]], Any]
 class Readings:
     """Read-only views; `records` is the records actor or what stands for it."""
 
-    def __init__(self, home: Home, records: Any) -> None:
-        self._home = home
+    def __init__(self, records: Any, lakes: Lakes) -> None:
         self._records = records
+        self._lakes = lakes
 
     def find(self, what: str) -> Reading | None:
         """The reading of that name, if there is one; called with the query it gives a JSON value."""
@@ -66,7 +66,11 @@ class Readings:
         Raises:
             UnknownPrediction: no such prediction is in the lake.
         """
-        return lineage.trace(prediction, Lake(self._home.lake).read, self._records).to_json()
+        *others, last = self._lakes.all()
+        for lake in others:
+            with suppress(UnknownPrediction):
+                return lineage.trace(prediction, lake.read, self._records).to_json()
+        return lineage.trace(prediction, last.read, self._records).to_json()
 
     def _known(self, query: Mapping[str, str]) -> list[str]:
         """Names of all models, or the one that the query names."""

@@ -26,6 +26,8 @@ from raymill.actors import answering, asgi, grpc_service, oip, selftest, serve_a
 from raymill.actors.answering import Call, HttpCall, Write, version_of
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.fastlane import Fast
+from raymill.actors.lake import Lake
+from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.models import Answer, LoadedModel, ModelSet, Question
 from raymill.actors.prediction_sink import LakeSink
@@ -68,14 +70,15 @@ class ServingReplica:
         self._home = Home(Path(home))
         self._records = records if records is not None else RemoteRecords()
         self.name = new_ids(1)[0]
-        sink = sink or LakeSink(self._home.lake, self._home.spool / "sink.lock", surroundings.observe)
+        self._lakes = Lakes(self._home, lambda *what, **narrowed: self._records.events(*what, **narrowed))
+        sink = sink or LakeSink(self._lake_of, self._home.spool / "sink.lock", surroundings.observe)
         self._log = PredictionLog(self._home.spool, sink, replica=self.name)
         self._models = ModelSet(
             fetch=self._records.program,
             load=load or surroundings.load_program,
             open_reader=open_reader or partial(surroundings.open_features, self._home),
         )
-        self._readings = Readings(self._home, self._records)
+        self._readings = Readings(self._records, self._lakes)
         self._lanes: dict[str, Lane] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
@@ -242,6 +245,11 @@ class ServingReplica:
     def is_ready(self) -> bool:
         """Whether every model has a version that answers."""
         return bool(self._models.models) and all(m.ready for m in self._models.models.values())
+
+    def _lake_of(self, model: str) -> Lake:
+        """Where a model's predictions go; of one that is not served here (any more) the ledger knows it."""
+        served = self._models.models.get(model)
+        return self._lakes.of(model) if served is None else self._lakes.at(served.spec.stores)
 
     async def _oip(self, request: Request, parts: tuple[str, ...]) -> Reply:
         match parts:

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, ConfigDict
 from pydantic.dataclasses import dataclass
@@ -122,12 +122,11 @@ def is_of_one_host(url: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL as it may be logged: without a password."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    secret, _, host = parts.netloc.rpartition("@")
-    user = secret.partition(":")[0]
-    return urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host))
+    scheme, mark, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    user, at, host = server.rpartition("@")
+    user = user.partition(":")[0]
+    return f"{scheme}{mark}{user}{at if user else ''}{host}{slash}{path}"
 
 
 def redis_secrets(url: str) -> dict[str, str]:

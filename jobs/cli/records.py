@@ -78,6 +78,7 @@ def open_records() -> Iterator[tuple[Home, Any]]:
 def open_readings() -> Iterator[Readings]:
     """What may be read of models, drift, cost and lineage; errors as `open_records`."""
     with open_records() as (home, records):
+        from raymill.actors.lakes import Lakes
         from raymill.actors.readings import Readings
 
-        yield Readings(home, records)
+        yield Readings(records, Lakes(home, records.events))

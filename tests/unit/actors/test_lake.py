@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from raymill.actors.lake import Lake
-from raymill.runtime.errors import ContractError, StoreError
+from raymill.runtime.errors import Conflict, ContractError, StoreError
 
 MOMENT = pa.timestamp("us", "UTC")
 
@@ -134,3 +134,15 @@ def test_writers_that_make_the_same_table_at_once_make_one(tmp_path):
         assert not failed
         assert sum('"metaData"' in c for c in commits) == 1
         assert numbers(Lake(tmp_path / str(n))) == [0, 1, 2, 3]
+
+
+def test_rows_that_hold_for_one_version_are_not_appended_to_a_later_one(tmp_path):
+    one, other = Lake(tmp_path), Lake(tmp_path)
+    rows = pa.table({"a": [1]})
+    seen = one.append("t", rows, batch_id="1")
+    later = other.append("t", rows, batch_id="2")
+    with pytest.raises(Conflict, match="no longer at"):
+        one.append("t", rows, batch_id="3", after=seen)
+    assert one.append("t", rows, batch_id="3", after=later) == later + 1
+    assert one.append("t", rows, batch_id="3", after=later) == later + 1
+    assert one.count("t") == 3

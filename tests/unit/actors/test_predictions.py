@@ -174,13 +174,18 @@ def test_a_full_disk_is_an_error_and_what_was_written_before_stays(log, monkeypa
     assert [r["id"] for r in log._sink.rows()] == ["a", "c"]
 
 
+def lake_in(folder):
+    lake = Lake(folder / "lake")
+    return lambda model: lake
+
+
 def batch(*ids, wall_s=1000.0, **fields):
     return pa.Table.from_batches([scored(*ids, **fields).to_batch("r", wall_s)])
 
 
 def test_the_sink_writes_an_id_once_whoever_sends_it_and_shows_the_monitor_the_same(tmp_path):
     seen = []
-    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *segment: seen.append(segment) or True)
+    sink = LakeSink(lake_in(tmp_path), tmp_path / "lock", lambda *segment: seen.append(segment) or True)
     sink.ship("s1", batch("a", "b"))
     sink.ship("s1", batch("a", "b"))
     sink.ship("s2", pa.concat_tables([batch("b", "c", p=0.75), batch("b", "c", version=2, role="shadow")]))
@@ -211,7 +216,7 @@ def test_a_monitor_that_fails_keeps_the_segment_out_of_the_lake_until_it_took_it
             raise OSError("away")
         return True
 
-    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", observe)
+    sink = LakeSink(lake_in(tmp_path), tmp_path / "lock", observe)
     with pytest.raises(OSError, match="away"):
         sink.ship("s1", batch("a"))
     sink.ship("s1", batch("a"))
@@ -226,12 +231,36 @@ def test_a_monitor_that_comes_while_the_rows_go_into_the_lake_sees_them(tmp_path
         calls.append(Lake(tmp_path / "lake").count("predictions"))
         return len(calls) > 1
 
-    LakeSink(tmp_path / "lake", tmp_path / "lock", observe).ship("s1", batch("a"))
+    LakeSink(lake_in(tmp_path), tmp_path / "lock", observe).ship("s1", batch("a"))
     assert calls == [0, 1]
 
 
 def test_an_id_that_comes_days_later_is_still_written_once(tmp_path):
-    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *_: True)
+    sink = LakeSink(lake_in(tmp_path), tmp_path / "lock", lambda *_: True)
     sink.ship("s1", batch("a", "b", wall_s=1000.0))
     sink.ship("s2", batch("b", "a", wall_s=1e9))
     assert Lake(tmp_path / "lake").count("predictions") == 2
+
+
+def test_replicas_of_two_hosts_that_ship_at_once_write_an_id_once(tmp_path):
+    lake = Lake(tmp_path / "lake")
+    others = LakeSink(lambda model: lake, tmp_path / "lock of b", lambda *_: True)
+
+    def overtaken(model, segment, rows):
+        if segment == "a1":  # the other host's segment comes between the look and the append
+            others.ship("b1", batch("x", "y"))
+        return True
+
+    LakeSink(lake_in(tmp_path), tmp_path / "lock of a", overtaken).ship("a1", batch("y", "z"))
+    assert sorted(lake.read("predictions").column("id").to_pylist()) == ["x", "y", "z"]
+    assert lake.has_batch("predictions", "a1")
+
+
+def test_each_models_predictions_go_to_the_lake_of_its_pipeline(tmp_path):
+    lakes = {name: Lake(tmp_path / name) for name in ("taxi", "other")}
+    sink = LakeSink(lakes.__getitem__, tmp_path / "lock", lambda *_: True)
+    both = pa.concat_tables([batch("a"), batch("b", model="other"), batch("c")])
+    for _ in range(2):
+        sink.ship("s1", both)
+    found = {name: sorted(lake.read("predictions").column("id").to_pylist()) for name, lake in lakes.items()}
+    assert found == {"taxi": ["a", "c"], "other": ["b"]}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from raymill.actors import asgi, wire
+from raymill.actors.lake import Lake
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.rollout import Role, Route, generation, to_user_config
 from raymill.runtime.records import RecordsActor
@@ -273,7 +274,8 @@ def test_what_is_recorded_can_be_read(run, tmp_path):
     records.promote("taxi", 1, reason="first")
     spec = model(plan=None)
     route = Route(version=1, digest=version.digest, role=Role.LIVE)
-    sink = LakeSink(tmp_path / "lake", tmp_path / "lock", lambda *_: False)
+    lake = Lake(tmp_path / "lake")
+    sink = LakeSink(lambda model: lake, tmp_path / "lock", lambda *_: False)
     tensor = {"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}
 
     async def test(found, client):
