@@ -44,6 +44,8 @@ class Batch:
     """What can not become rows: (what it was, as JSON; reason)."""
     origin: str = ""
     """JSON that stands for the whole batch if it does not fit the source; empty: its rows stand for themselves."""
+    is_live: bool = False
+    """Whether its rows are of now, so that the source's `freshness` is held against the present."""
     position: Any = None
     """What the carrier needs to acknowledge it."""
 
