@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -113,7 +114,7 @@ def error_reply(error: RaymillError, status: int | None = None) -> Reply:
 
 
 def is_local(peer: str) -> bool:
-    """Whether the peer is this host (or unknown: a test, or a Unix socket)."""
+    """Whether the peer is this host or the head's, where the proxy is (or unknown: a test, or a Unix socket)."""
     try:
         return not peer or ipaddress.ip_address(peer).is_loopback or peer in _own_addresses()
     except ValueError:
@@ -122,7 +123,9 @@ def is_local(peer: str) -> bool:
 
 @cache
 def _own_addresses() -> frozenset[str]:
-    return frozenset(a.address for found in psutil.net_if_addrs().values() for a in found)
+    ray = sys.modules.get("ray")
+    head = [ray.get_runtime_context().gcs_address.rpartition(":")[0]] if ray and ray.is_initialized() else []
+    return frozenset([*head, *(a.address for found in psutil.net_if_addrs().values() for a in found)])
 
 
 def _check_size(size: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from raymill.actors.rollout import ModelSpec
+from raymill.cluster.environment import MARKET_LABEL
 from raymill.cluster.spec import ClusterConfig, NodeType
 from raymill.runtime.errors import SpecError
-from raymill.runtime.spec import Pipeline
+from raymill.runtime.spec import Pipeline, Serve
 
 
 def refuse_other_host(here: str, head: str, home: str) -> None:
@@ -27,23 +30,48 @@ def refuse_other_host(here: str, head: str, home: str) -> None:
         )
 
 
+def refuse_local_stores(pipeline: Pipeline) -> None:
+    """Refuse replicas on any host whose features or predictions would be where only the head's host is.
+
+    Raises:
+        SpecError: `serve.anywhere`, and a store that other hosts can not reach, or a drill that kills a process here.
+    """
+    if not pipeline.serve.anywhere:
+        return
+    if pipeline.stores.of_one_host:
+        raise SpecError(
+            f"serve.anywhere=True lets replicas run on other hosts, but {' and '.join(pipeline.stores.of_one_host)}: "
+            "give URLs that every host reaches, stores=Stores(lake='s3://bucket/prefix', "
+            "online='rediss://host:6379/0'), or leave serve.anywhere away"
+        )
+    if pipeline.replay and pipeline.replay.drills.kill_replica_on:
+        raise SpecError(
+            "drills.kill_replica_on kills a process of the head's host, and serve.anywhere=True lets replicas run on "
+            "others: leave one of them away"
+        )
+
+
+def replica_options(pipeline: Pipeline, models: Sequence[ModelSpec], on_head: dict[str, Any]) -> dict[str, Any]:
+    """Options of `Placement` that say where replicas may be; every model of the endpoint must be servable there."""
+    if not pipeline.serve.anywhere or any(m.stores.of_one_host for m in models):
+        return on_head
+    return {"label_selector": {MARKET_LABEL: "!spot"}}
+
+
 def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
     """The plan, as JSON values.
 
     Raises:
         SpecError: the cluster can not hold the pipeline.
     """
+    refuse_local_stores(pipeline)
     train, serve = pipeline.train, pipeline.serve
     markets: dict[str, NodeType] = {kind.market: kind for kind in config.node_types.values()}
     needs: list[dict[str, Any]] = [
         {"purpose": "control", "what": "head", "usd_per_h": config.head.price_usd_per_h},
-        {"purpose": "serving", "what": f"{serve.min_replicas} replicas on the head", "usd_per_h": 0.0},
+        {"purpose": "serving", "what": _replicas(serve), "usd_per_h": 0.0},
     ]
-    if serve.min_replicas > config.head.cpus - 1:
-        raise SpecError(
-            f"serve.min_replicas={serve.min_replicas} needs as many CPUs and one to spare on the head, "
-            f"which has {config.head.cpus}: lower it, or raise head.cpus in cluster.toml"
-        )
+    _check_replicas_fit(serve, config)
     room = {market: kind.max_workers for market, kind in markets.items()}
     spot = min(train.ranks - (1 if "reserved" in room else 0), room.get("spot", 0)) if train.spot else 0
     reserved = min(train.ranks - spot, room.get("reserved", 0))
@@ -69,3 +97,18 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
         "replay": {"history_until": replay.history_until, "until": replay.until} if replay else None,
         "skipped": [],
     }
+
+
+def _replicas(serve: Serve) -> str:
+    return f"{serve.min_replicas} replicas on {'head and reserved nodes' if serve.anywhere else 'the head'}"
+
+
+def _check_replicas_fit(serve: Serve, config: ClusterConfig) -> None:
+    kinds = [k for k in config.node_types.values() if k.market == "reserved"] if serve.anywhere else []
+    cpus = config.head.cpus - 1 + sum(k.resources.get("CPU", 0.0) * k.max_workers for k in kinds)
+    if serve.min_replicas > cpus:
+        more = "or max_workers" if serve.anywhere else "or let them run elsewhere by serve.anywhere and stores in URLs"
+        raise SpecError(
+            f"serve.min_replicas={serve.min_replicas}: {_replicas(serve)} need as many CPUs, and there are {cpus:g} "
+            f"beside the one that the head keeps: lower it, raise head.cpus in cluster.toml, {more}"
+        )

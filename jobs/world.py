@@ -13,6 +13,7 @@ from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.features import FeatureActor
 from raymill.actors.gang import NodeKind
+from raymill.actors.lakes import stores_declared
 from raymill.actors.ranks import Owner
 from raymill.actors.rollout import ModelSpec, from_user_config, spec_of
 from raymill.actors.scheduler import MAX_CONCURRENCY, GpuPoolScheduler, RemoteScheduler
@@ -22,7 +23,7 @@ from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
-from raymill.jobs.planning import refuse_other_host
+from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
 from raymill.runtime.client import Client, connect
@@ -59,7 +60,9 @@ class World:
             owner=f"serve/{name}", purpose=Purpose.SERVING, count=self.pipeline.serve.min_replicas, pipeline=name
         )
         granted = self.scheduler.grant(wanted)
-        self.endpoint.deploy(self._models(), Placement(replicas=len(granted.leases), **on_head()))
+        models = self._models()
+        where = replica_options(self.pipeline, models, on_head())
+        self.endpoint.deploy(models, Placement(replicas=len(granted.leases), **where))
 
     def serve_present_versions(self) -> None:
         """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""
@@ -88,6 +91,7 @@ class World:
 
 def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | None, run: Run) -> World:
     """Spawn what does not run yet, anew what belongs to the pipeline (its file may have changed), and wire it."""
+    refuse_local_stores(pipeline)
     refuse_other_host(*driver_and_head(), str(session.home.root))
     for module in pipeline_file.loaded():  # its classes travel by value: workers need not find the file
         ray.cloudpickle.register_pickle_by_value(module)
@@ -95,6 +99,7 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
     records = RemoteRecords()
     place = on_head()
     handles = [spawn(RecordsActor, str(home.root), name="records", **place)]
+    records.append([stores_declared(pipeline, run.id)])
     kinds = node_kinds(config) if config and session.has_autoscaler else ()
     handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=MAX_CONCURRENCY, **place))
     cluster = None
@@ -105,7 +110,16 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
     since_s = run.progress.began_s if pipeline.replay else 0.0  # an earlier replay asked about the same moments
     own = {"anew": True, **place}
     handles += [
-        spawn(DataActor, str(home.root), list(pipeline.sources), records, name, name=f"data/{name}", **own),
+        spawn(
+            DataActor,
+            str(home.root),
+            list(pipeline.sources),
+            records,
+            name,
+            pipeline.stores,
+            name=f"data/{name}",
+            **own,
+        ),
         spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own),
         spawn(DriftMonitor, str(home.root), pipeline, records, since_s, name=f"drift/{name}", **own),
     ]

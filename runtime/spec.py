@@ -93,6 +93,8 @@ class Serve:
     """Fewest replicas."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
     """Most replicas."""
+    anywhere: bool = False
+    """Whether replicas may run on other hosts than the head's; lake and online store must then be URLs."""
     max_batch_rows: Annotated[int, Field(ge=1)] = 1024
     """Rows of the largest batch given to the model at once."""
     max_queue_rows: Annotated[int, Field(ge=1)] = 65536
