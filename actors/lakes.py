@@ -11,7 +11,7 @@ from raymill.runtime.expressions import digest
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event
 from raymill.runtime.spec import Pipeline
-from raymill.runtime.stores import Stores, places_of
+from raymill.runtime.stores import Places, Stores, places_of
 
 _KIND = "stores.declared"
 
@@ -41,10 +41,17 @@ class Lakes:
 
     def of(self, pipeline: str) -> Lake:
         """The lake that a pipeline's newest run declared; the home's own, if there was none."""
-        declared = self._events(_KIND, subject=pipeline)
-        return self.at(Stores(**declared[-1]["data"])) if declared else self.at(Stores())
+        return self.at(self._declared(pipeline))
+
+    def places(self, pipeline: str) -> Places:
+        """Where the stores are that a pipeline's newest run declared."""
+        return places_of(self._home, self._declared(pipeline))
 
     def all(self) -> list[Lake]:
         """The home's own, and all that were declared."""
         declared = [Stores(lake=event["data"]["lake"]) for event in self._events(_KIND)]
         return list(dict.fromkeys(self.at(stores) for stores in (Stores(), *declared)))
+
+    def _declared(self, pipeline: str) -> Stores:
+        declared = self._events(_KIND, subject=pipeline)
+        return Stores(**declared[-1]["data"]) if declared else Stores()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from raymill.actors.feature_readings import FeatureReadings
 from raymill.actors.lakes import Lakes
 from raymill.runtime import cost, lineage
 from raymill.runtime.errors import UnknownModel, UnknownPrediction
@@ -28,10 +29,12 @@ class Readings:
     def __init__(self, records: Any, lakes: Lakes) -> None:
         self._records = records
         self._lakes = lakes
+        self._features = FeatureReadings(records, lakes)
 
     def find(self, what: str) -> Reading | None:
         """The reading of that name, if there is one; called with the query it gives a JSON value."""
-        return {"models": self.models, "drift": self.drift, "cost": self.cost, "status": self.status}.get(what)
+        own = {"models": self.models, "drift": self.drift, "cost": self.cost, "status": self.status}.get(what)
+        return own or self._features.find(what)
 
     def models(self, query: Mapping[str, str]) -> Any:
         """Every version of every model, or of `?model=`.

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors import consistency
-from raymill.actors.consistency import Cause, Codes, Consistency, agree, number
+from raymill.actors.consistency import JUDGED, Cause, Codes, Consistency, agree, number
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.feature_statistics import describe, unseen_shares
 from raymill.actors.lake import Lake
@@ -31,6 +31,7 @@ from raymill.actors.mismatches import STATES, Definitions, Mismatches, ServedRow
 from raymill.actors.served import SAMPLE_ROWS, LakeStates, Span, at_of, sample
 from raymill.runtime.errors import Unavailable, UnknownModel, UnknownVersion
 from raymill.runtime.expressions import digest
+from raymill.runtime.feature_registry import OBSERVED
 from raymill.runtime.messages import Event, ModelVersion
 
 
@@ -193,25 +194,25 @@ class Recompute:
         model, now = judged.model, time.time()
         told = [
             Event(
-                kind="features.observed",
+                kind=OBSERVED,
                 subject=model,
                 pipeline=model,
                 at=data["end_at"],
                 wall_s=now,
                 data=data,
-                key=f"features.observed/{model}/{digest(key, data['feature_hashes'])}",
+                key=f"{OBSERVED}/{model}/{digest(key, data['feature_hashes'])}",
             )
             for data in observed
         ]
         told.append(
             Event(
-                kind="consistency.judged",
+                kind=JUDGED,
                 subject=model,
                 pipeline=model,
                 at=judged.end_at,
                 wall_s=now,
                 data=judged.to_json(),
-                key=f"consistency.judged/{model}/{key}",
+                key=f"{JUDGED}/{model}/{key}",
             )
         )
         self._records.append(told)
