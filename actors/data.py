@@ -153,8 +153,8 @@ class DataActor:
         reason: str | None = None,
         state: State | None = None,
     ) -> list[Entry]:
-        """The refused rows as they now stand; arguments and errors as in `Quarantine.entries`."""
-        return self._held.entries(ids, source=source, reason=reason, state=state)
+        """The refused rows as they now stand; arguments and errors as in `Quarantine.quarantine`."""
+        return self._held.quarantine(ids, source=source, reason=reason, state=state)
 
     def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
         """Change columns of refused rows; errors as in `Quarantine.fix`."""
@@ -177,7 +177,7 @@ class DataActor:
             StoreError: the lake can not be written; calling again is safe.
         """
         with self._held.turn():
-            chosen = [e for e in self._held.entries(ids) if e.state is State.OPEN]
+            chosen = [e for e in self._held.quarantine(ids) if e.state is State.OPEN]
             for name in {e.source for e in chosen}:
                 self._declared(name)
             batches = self._held.begin(chosen, among=self._sources.keys())
@@ -200,7 +200,7 @@ class DataActor:
         refused and have not been reingested since.
         """
         held = {n: s for n, s in self._sources.items() if self._lake.version(n) is not None}
-        bad = [e for e in self._held.entries() if e.state is not State.REINGESTED]
+        bad = [e for e in self._held.quarantine() if e.state is not State.REINGESTED]
         return {
             "ingested": {n: self._lake.count(n) for n in held},
             "without_label": {

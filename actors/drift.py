@@ -31,10 +31,11 @@ from raymill.actors.evaluate import columns_of, evaluate, moments
 from raymill.actors.lake import Lake
 from raymill.actors.observed import COLUMNS, NEVER, Observed, Rows, key_texts
 from raymill.actors.retrain import CanaryEvidence, worth_it
+from raymill.actors.row_refs import table_of
 from raymill.runtime.errors import Conflict, ModelError, StoreError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.home import Home
-from raymill.runtime.messages import Event, ModelVersion, Verdict
+from raymill.runtime.messages import Event, Ingested, ModelVersion, Verdict
 from raymill.runtime.records import RecordsActor, RemoteRecords
 from raymill.runtime.spec import Label, Pipeline
 from raymill.runtime.stores import places_of

@@ -108,7 +108,7 @@ class Quarantine:
         batches.add((source, batch_id))
         self._batches = (version if version - 1 == (known or 0) else None, batches)
 
-    def entries(
+    def quarantine(
         self,
         ids: Sequence[str] | None = None,
         *,
@@ -121,6 +121,8 @@ class Quarantine:
         Raises:
             UnknownRow: an id is of no quarantined row.
         """
+        if ids is not None and not ids:
+            return []
         where = [("id", "in", list(ids))] if ids is not None else []
         came = self._rows(TABLE, SCHEMA, where + ([("source", "=", source)] if source else []))
         lost = sorted(set(ids or ()) - set(came["id"].to_pylist()))
@@ -141,9 +143,9 @@ class Quarantine:
             Conflict: an entry is reingested or discarded already.
         """
         with self.turn():
-            found = self.entries(list(changes))
+            found = self.quarantine(list(changes))
             self.tell([next_step(e, Step.FIXED, row=patched(e, changes[e.id])) for e in found])
-        return self.entries(list(changes))
+        return self.quarantine(list(changes))
 
     def discard(self, ids: Sequence[str], why: str) -> int:
         """Close open entries for good without their rows coming in; how many. Discarded ones stay as they are.
@@ -153,7 +155,7 @@ class Quarantine:
             Conflict: an entry is reingested already.
         """
         with self.turn():
-            found = [e for e in self.entries(ids) if e.state is not State.DISCARDED]
+            found = [e for e in self.quarantine(ids) if e.state is not State.DISCARDED]
             self.tell([next_step(e, Step.DISCARDED, reason=why) for e in found])
         return len(found)
 
@@ -163,7 +165,7 @@ class Quarantine:
         Batch id → its entries, all of one source. Only within `turn()`.
         """
         batches: dict[str, list[Entry]] = {}
-        for entry in self.entries(state=State.PENDING):
+        for entry in self.quarantine(state=State.PENDING):
             if entry.source in among:
                 batches.setdefault(entry.landing, []).append(entry)
         for source in sorted({e.source for e in chosen}):
@@ -171,12 +173,12 @@ class Quarantine:
             for part in (rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)):
                 batch_id = landing_id(part)
                 self.tell([next_step(e, Step.BEGUN, batch_id=batch_id) for e in part])
-                batches[batch_id] = self.entries([e.id for e in part])
+                batches[batch_id] = self.quarantine([e.id for e in part])
         return batches
 
     def landing(self, batch_id: str) -> list[Entry]:
         """The entries that a reingest has and has not closed."""
-        return [e for e in self.entries(state=State.PENDING) if e.landing == batch_id]
+        return [e for e in self.quarantine(state=State.PENDING) if e.landing == batch_id]
 
     def tell(self, steps: Sequence[Done]) -> None:
         """Append steps to the log, all or none, once; only within `turn()`."""

@@ -94,6 +94,12 @@ def find(name: str) -> Any:
         raise Unavailable(f"actor {name!r} does not run on this cluster: start it with `raymill run`") from err
 
 
+def named(prefix: str) -> list[str]:
+    """Names of the running actors that begin so, sorted."""
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(a["name"] for a in found if a["namespace"] == NAMESPACE and a["name"].startswith(prefix))
+
+
 def on_head() -> dict[str, Any]:
     """Options that keep an actor on the head's host, where the durable places are, also where `up` did not start it."""
     return {"resources": {"head": 0.01} if "head" in ray.cluster_resources() else {"node:__internal_head__": 0.001}}

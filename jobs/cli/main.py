@@ -20,9 +20,11 @@ VERBS = {
     "promote": "Make a version live.",
     "rollback": "Go back to the version that was live before.",
     "predict": "Ask the endpoint.",
+    "quarantine": "Rows that a contract refused: list, fix, send in again.",
     "drift": "The monitor's verdicts, in money.",
     "cost": "Node-seconds × price, split over training, serving, idle.",
     "lineage": "From a prediction back to its source rows.",
+    "features": "Which there are, who uses them, statistics, freshness, consistency.",
     "report": "Where the newest run's report is.",
     "doctor": "What is wrong with this machine, and the remedy.",
 }
@@ -37,7 +39,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb, sentence in VERBS.items():
-    app.command(verb, help=sentence)(getattr(import_module(f"raymill.jobs.cli.{verb}"), verb))
+    found = getattr(import_module(f"raymill.jobs.cli.{verb}"), verb)
+    if isinstance(found, typer.Typer):  # a verb with verbs of its own
+        app.add_typer(found, name=verb, help=sentence)
+    else:
+        app.command(verb, help=sentence)(found)
 
 
 def main(arguments: list[str] | None = None) -> None:
