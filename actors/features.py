@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from raymill.actors.evaluate import Ints, columns_of, evaluate
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan
+from raymill.actors.feature_statistics import describe
 from raymill.actors.lake import Lake
 from raymill.actors.observed import key_texts
 from raymill.actors.online import KEEP, OnlineReader, OnlineStore
@@ -32,6 +33,7 @@ from raymill.actors.row_refs import shared, table_of
 from raymill.actors.windows import NEVER, warm
 from raymill.runtime.errors import Conflict
 from raymill.runtime.expressions import digest, duration_us
+from raymill.runtime.feature_registry import DESCRIBED
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested, Manifest, TrainingSet
 from raymill.runtime.spec import Pipeline
@@ -168,6 +170,9 @@ class FeatureActor:
         counts = {"train_rows": cut, "evaluate_rows": len(rows) - cut}
         data = {"manifest": asdict(manifest), "plan": json.loads(self._plan.to_json()), **counts}
         self._tell("training_set.made", known_until, data, key=key)
+        described = {"feature_hashes": manifest.feature_hashes, "rows": cut or len(rows)}
+        described["features"] = describe(x[: described["rows"]], self._plan.names)
+        self._tell(DESCRIBED, known_until, described, key=f"{DESCRIBED}/{key}")
         return TrainingSet(
             manifest=manifest, train_ref=shared(whole.slice(0, cut)), evaluate_ref=shared(whole.slice(cut))
         )

@@ -167,8 +167,11 @@ def test_training_set_is_the_same_again_when_newer_rows_are_in_the_lake(bench: B
     assert one.train_ref.equals(two.train_ref)
     assert one.evaluate_ref.equals(two.evaluate_ref)
     assert replace(two.manifest, lake_versions=one.manifest.lake_versions) == one.manifest
-    assert [e.kind for e in bench.told] == ["training_set.made"] * 2
-    assert len({e.key for e in bench.told}) == 2
+    assert [e.kind for e in bench.told] == ["training_set.made", "features.described"] * 2
+    assert len({e.key for e in bench.told}) == 4
+    described = [e.data for e in bench.told if e.kind == "features.described"]
+    assert described[0] == described[1] and described[0]["rows"] == len(one.train_ref)
+    assert described[0]["features"]["line.n"]["null_share"] == 0
 
 
 def test_range_without_labels_or_rows_is_refused_in_words(bench: Bench) -> None:
