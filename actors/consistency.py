@@ -23,8 +23,6 @@ Vectors = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 """0 where the values agree, else the number of the cause (`number`)."""
 
-JUDGED = "consistency.judged"
-"""Kind of the ledger's event about a check."""
 TOLERANCE = 0.001
 """Share of a feature's rows that may differ before it is an alarm."""
 

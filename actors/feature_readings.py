@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from raymill.actors.consistency import JUDGED
 from raymill.actors.lakes import Lakes
 from raymill.actors.wire import parse_at
 from raymill.runtime.errors import RequestError, UnknownModel
-from raymill.runtime.feature_registry import Catalogue
+from raymill.runtime.feature_registry import JUDGED, Catalogue
 
 Query = Mapping[str, str]
 

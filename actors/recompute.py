@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors import consistency
-from raymill.actors.consistency import JUDGED, Cause, Codes, Consistency, agree, number
+from raymill.actors.consistency import Cause, Codes, Consistency, agree, number
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.feature_statistics import describe, unseen_shares
 from raymill.actors.lake import Lake
@@ -31,7 +31,7 @@ from raymill.actors.mismatches import STATES, Definitions, Mismatches, ServedRow
 from raymill.actors.served import SAMPLE_ROWS, LakeStates, Span, at_of, sample
 from raymill.runtime.errors import Unavailable, UnknownModel, UnknownVersion
 from raymill.runtime.expressions import digest
-from raymill.runtime.feature_registry import OBSERVED
+from raymill.runtime.feature_registry import JUDGED, OBSERVED
 from raymill.runtime.messages import Event, ModelVersion
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from raymill.jobs.asking import Asking
 from raymill.jobs.correction import Correction
 from raymill.jobs.drills import Drilled
+from raymill.jobs.feature_watch import check_served, register_features
 from raymill.jobs.replay import DAY_US, Batch, Recording, iso_date
 from raymill.jobs.run import Run
 from raymill.jobs.world import World, recorded
@@ -26,6 +27,8 @@ def run_loop(world: World, run: Run, say: Say, tick: Tick) -> Recording:
     Raises:
         RaymillError: a stage failed for good; the run can be taken up again.
     """
+    for warning in register_features(world):
+        say(f"warning: {warning}")
     with run.stage("read"):
         recording = recorded(world.pipeline)
     drills = Drilled(world, run, say)
@@ -51,6 +54,8 @@ def run_loop(world: World, run: Run, say: Say, tick: Tick) -> Recording:
     with run.stage("settle"):  # stop 6 is met in `correction`: verdict, retrain, canary, promote or roll back
         correction.settle(recording.end)
         world.flush_predictions()
+    with run.stage("consistency"):  # what was served, against the lake
+        say(f"consistency: {check_served(world, run).reason}")
     return recording
 
 

@@ -11,6 +11,7 @@ from raymill.actors.data import SEEDED
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.quarantine_life import State
+from raymill.jobs.feature_watch import features_told
 from raymill.jobs.replay import DAY_US, iso_date
 from raymill.jobs.run import Progress, Run
 from raymill.jobs.world import World
@@ -54,6 +55,7 @@ def summarise(world: World, run: Run, start: int, end: int) -> tuple[dict[str, A
             "steps_lost": sum(c["steps_lost"] for c in changes),
         },
         "cost": cost.to_json(),
+        **features_told(world, run, end),
         "skipped": list(progress.skipped),
     }
     return summary, _details(world, run, events)

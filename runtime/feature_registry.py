@@ -24,6 +24,8 @@ from raymill.runtime.spec import Pipeline
 
 REGISTERED, DEPRECATED, RESTORED = "features.registered", "feature.deprecated", "feature.restored"
 DESCRIBED, OBSERVED = "features.described", "features.observed"
+JUDGED = "consistency.judged"
+"""Kind of the event about a check of served vectors against the lake (`actors/consistency.py`)."""
 ANSWERING = (Stage.LIVE, Stage.CANARY)
 """Stages of the versions that break at once when a column goes."""
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
+from raymill.jobs.cli.records import has_records, open_records
+
+if TYPE_CHECKING:
+    from raymill.runtime.spec import Pipeline
 
 
 def plan(
@@ -21,7 +25,8 @@ def plan(
     from raymill.jobs import pipeline_file
     from raymill.jobs.planning import plan_run
 
-    made = plan_run(pipeline_file.load(pipeline), load_config(cluster))
+    declared = pipeline_file.load(pipeline)
+    made = {**plan_run(declared, load_config(cluster)), "warnings": _deprecated(declared)}
 
     def human() -> None:
         sizes = f"{len(made['features'])} features of {len(made['sources'])} sources"
@@ -35,5 +40,17 @@ def plan(
         out.print(f"at most {made['usd_per_h']:.2f} USD/h")
         for note in made["skipped"]:
             out.print(f"skipped: {note}")
+        for warning in made["warnings"]:
+            out.print(f"warning: {warning}")
 
     emit(made, as_json, human)
+
+
+def _deprecated(declared: Pipeline) -> list[str]:
+    """A sentence for each feature of the pipeline that is deprecated; none where nothing was run yet."""
+    from raymill.runtime.feature_registry import Catalogue
+
+    if not has_records():
+        return []
+    with open_records() as (_, records):
+        return Catalogue.of(records).warnings(declared)

@@ -46,6 +46,11 @@ def join(session: Session) -> None:
         ray.init(address=session.address, log_to_driver=False, logging_level="ERROR")
 
 
+def has_records() -> bool:
+    """Whether anything was ever run on this home, or a cluster of it runs."""
+    return current_home().record.exists() or running_session() is not None
+
+
 @contextmanager
 def open_records() -> Iterator[tuple[Home, Any]]:
     """Home and records; where no cluster runs the database is opened for the time of the block.

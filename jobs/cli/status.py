@@ -1,12 +1,13 @@
-"""`raymill status`: what runs: nodes, leases, queue with reasons, versions, the newest run."""
+"""`raymill status`: what runs: nodes, leases, queue with reasons, the newest run; and what is alarming of features."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
-from raymill.jobs.cli.records import join, running_session
+from raymill.jobs.cli.records import has_records, join, open_records, running_session
 from raymill.runtime.errors import Unavailable
+from raymill.runtime.feature_registry import JUDGED
 from raymill.runtime.home import current_home
 
 
@@ -20,6 +21,8 @@ def status(as_json: AsJson = False) -> None:
         if document["run"]:
             run = document["run"]
             out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")
+        for alert in document["alerts"]:
+            out.print(f"ALARM    {alert['what']} of {alert['model']}: {alert['reason']}")
         for name, rows in (("nodes", document["nodes"]), ("leases", document["leases"]), ("queue", document["queue"])):
             if rows:
                 table(name, list(rows[0]), [[_short(cell) for cell in row.values()] for row in rows])
@@ -48,11 +51,21 @@ def _gather() -> dict[str, Any]:
         "nodes": [],
         "leases": [],
         "queue": [],
+        "alerts": [],
     }
     if session is not None:
         join(session)
         document |= _pool()
+    if has_records():
+        document["alerts"] = _alerts()
     return document
+
+
+def _alerts() -> list[dict[str, str]]:
+    """What was served and is not what the lake gives, by the newest check of each model."""
+    with open_records() as (_, records):
+        newest = {e["pipeline"]: e["data"] for e in records.events(JUDGED)}
+    return [{"model": model, "what": "consistency", "reason": d["reason"]} for model, d in newest.items() if d["alert"]]
 
 
 def _pool() -> dict[str, Any]:
