@@ -64,7 +64,7 @@ def render(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     bounds, counts = _latency(details)
     quantiles = {"p50": requests.get("p50_ms"), "p99": requests.get("p99_ms")}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "day": day, "seconds": seconds}
+    environment.filters |= {"number": number, "day": day, "seconds": seconds, "age": age}
     template = environment.from_string(resources.files("raymill.jobs").joinpath(NAME).read_text(encoding="utf-8"))
     return template.render(
         s=summary,
@@ -137,6 +137,14 @@ def seconds(value: Any) -> str:
     if value >= 120:
         return f"{int(value // 60)} min {int(value % 60)} s"
     return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.0f} ms"
+
+
+def age(value: Any) -> str:
+    """How long ago, in event time; a dash where it is unknown."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if value is not None and value >= 2 * size:
+            return f"{value / size:.1f} {unit}"
+    return seconds(value)
 
 
 def day(at: Any) -> str:

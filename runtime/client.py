@@ -100,6 +100,45 @@ class Client:
             raise RequestError("there are no rows: send at least one")
         return pa.concat_tables(parts)
 
+    def catalogue(self, text: str = "", *, tag: str = "", owner: str = "", column: str = "") -> list[dict[str, Any]]:
+        """Registered features for which all that is given holds: definition, columns, pipelines, models that use them.
+
+        Args:
+            text: stands in name, description or tags.
+            tag: one of the feature's tags.
+            owner: its owner.
+            column: a source column that it stands on, `source.column` or the column alone.
+        """
+        given = {"text": text, "tag": tag, "owner": owner, "column": column}
+        return list(self._json("/raymill/features", {k: v for k, v in given.items() if v}))
+
+    def feature(self, name: str) -> list[dict[str, Any]]:
+        """Every version of a feature, newest last, with its `statistics`: in training sets, and as served.
+
+        Raises:
+            UnknownFeature: no pipeline ever registered it.
+        """
+        return list(self._json("/raymill/features", {"name": name}))
+
+    def feature_lineage(self, *, column: str = "", model: str = "", version: int | None = None) -> Any:
+        """What stands on a source column (`breaks`: live versions that need it), or what a model stands on."""
+        given = {"column": column, "model": model, "version": "" if version is None else str(version)}
+        return self._json("/raymill/feature-lineage", {k: v for k, v in given.items() if v})
+
+    def freshness(self, model: str | None = None, at: str | None = None) -> list[dict[str, Any]]:
+        """Age of the newest event of each source in the lake and each view online, when a model was last asked.
+
+        Args:
+            model: only this one.
+            at: another moment to measure at: ISO-8601 with a zone, or `now`.
+        """
+        given = {"model": model, "at": at}
+        return list(self._json("/raymill/freshness", {k: v for k, v in given.items() if v is not None}))
+
+    def consistency(self, model: str | None = None) -> list[dict[str, Any]]:
+        """The checks of served vectors against the lake so far, oldest first: mismatches with cause, `alert`."""
+        return list(self._json("/raymill/consistency", {} if model is None else {"model": model}))
+
     def models(self, model: str | None = None) -> list[dict[str, Any]]:
         """Every version of every model, or of one: stage, kind, metrics, history."""
         return list(self._json("/raymill/models", {} if model is None else {"model": model}))

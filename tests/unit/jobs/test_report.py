@@ -209,3 +209,16 @@ def test_a_mark_lies_where_its_day_is_in_the_month():
 def test_labels_that_lie_close_get_lines_of_their_own():
     close = [(0.0, "retrain", ""), (0.1, "canary v2", ""), (0.2, "promoted v2", ""), (4.0, "rolled back v3", "")]
     assert report_plots._lanes(close, 8) == [0, 1, 2, 0]
+
+
+def test_served_values_that_are_not_the_lakes_are_an_alarm_with_cause_and_example():
+    finding = {
+        "feature": "shop.rate_7d", "rows": 2000, "mismatches": 40, "rate": 0.02, "causes": {"stale": 39, "code": 1},
+        "why": "served 1 <2, the lake gives 3",
+    }  # fmt: skip
+    judged = {"rows": 2000, "mismatched": 40, "alert": True, "reason": "above the tolerance", "features": [finding]}
+    fresh = {"views": [{"view": "shop", "source": "orders", "age_s": 7200.0, "behind_s": None}]}
+    page = report.render({**SUMMARY, "consistency": judged, "freshness": fresh}, {})
+    for text in ("alarm", "above the tolerance", "shop.rate_7d", "2.00 %", "stale 39, code 1", "1 &lt;2", "2.0 h"):
+        assert text in page
+    assert "Nothing was compared" in report.render(SUMMARY, {})
