@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymill.actors.data import DataActor
 from raymill.actors.lakes import Lakes
 from raymill.actors.quarantine import Quarantine
 from raymill.jobs import pipeline_file
 from raymill.jobs.cli.records import open_records, running_session
+from raymill.jobs.intake import open_intake
 from raymill.runtime.errors import Usage
 from raymill.runtime.messages import Ingested
 from raymill.runtime.spawn import Remote, named
-from raymill.runtime.spec import Pipeline
 from raymill.runtime.stores import Stores
 
 
@@ -62,19 +61,15 @@ def open_desk(pipeline: str | None) -> Iterator[Desk]:
         Unavailable: nothing was ever run on this home.
         SpecError: the pipeline file is wrong.
     """
-    file = Path(pipeline) if pipeline is not None and pipeline.endswith(".py") else None
-    declared = pipeline_file.load(file) if file else None
+    if pipeline is not None and pipeline.endswith(".py"):
+        with open_intake(pipeline_file.load(Path(pipeline))) as intake:
+            yield Desk(intake.data, intake.takers)
+        return
     with open_records() as (home, records):
-        running = _running(declared.name if declared else pipeline) if running_session() is not None else None
-        if running is not None:
-            yield running
-        elif declared is not None:
-            actor = _made_here(str(home.root), declared, records)
-            yield Desk(actor)
-        elif pipeline is not None:
+        running = _running(pipeline) if running_session() is not None else None
+        if running is None and pipeline is not None:
             raise Usage(f"pipeline {pipeline!r} does not run: give the path of its file, e.g. jobs/flights.py")
-        else:
-            yield Desk(Quarantine(Lakes(home, records.events).at(Stores()), home.locks / "quarantine"))
+        yield running or Desk(Quarantine(Lakes(home, records.events).at(Stores()), home.locks / "quarantine"))
 
 
 def _running(name: str | None) -> Desk | None:
@@ -85,11 +80,5 @@ def _running(name: str | None) -> Desk | None:
     name = name or (running[0] if running else None)
     if name not in running:
         return None
-    takers = [n for kind in ("features", "drift") for n in named(f"{kind}/{name}") if n == f"{kind}/{name}"]
+    takers = [n for n in (f"features/{name}", f"drift/{name}") if n in named("")]
     return Desk(Remote(f"data/{name}"), tuple(Remote(n) for n in takers))
-
-
-def _made_here(home: str, pipeline: Pipeline, records: Any) -> DataActor:
-    actor = DataActor(home, list(pipeline.sources), records.append, pipeline.name, pipeline.stores)
-    actor.start()
-    return actor

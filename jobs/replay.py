@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from raymill.actors.data import SEEDED
 from raymill.runtime.errors import SpecError
+from raymill.runtime.source_spec import parents_first
 from raymill.runtime.spec import Pipeline, Replay, Source
 
 DAY_US = 86_400_000_000
@@ -60,8 +61,8 @@ class Recording:
         return list(range(self.start if since is None else since, self.end, DAY_US))
 
     def history(self) -> Iterator[Batch]:
-        """What is known before the replay begins, one batch a source."""
-        for source in self.pipeline.sources:
+        """What is known before the replay begins, one batch a source; what others refer to comes first."""
+        for source in parents_first(self.pipeline.sources):
             yield Batch(
                 source.name,
                 f"{source.name}/until-{self.replay.history_until}",
@@ -71,7 +72,7 @@ class Recording:
     def batches(self, day: int) -> Iterator[Batch]:
         """The day's rows of every source that has some; faulty ones that were mixed in come as batches of their own."""
         text = iso_date(day)
-        for source in self.pipeline.sources:
+        for source in parents_first(self.pipeline.sources):
             rows = self._between(source.name, day, day + DAY_US)
             if rows.num_rows:
                 yield Batch(source.name, f"{source.name}/{text}", rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -110,3 +110,40 @@ class Source:
             if c and self.schema[c].dtype != "timestamp":
                 raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")
         return self
+
+    @property
+    def parents(self) -> dict[str, tuple[str, str]]:
+        """Column → the (source, column) that it refers to."""
+        told = {name: c.references.split(".") for name, c in self.schema.items() if c.references}
+        return {name: (parent, column) for name, (parent, column) in told.items()}
+
+
+def parents_first(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """The sources, each after those that its rows refer to, else in their order.
+
+    Raises:
+        ValueError: a reference is to no source or column of them, to another type, or leads round in a circle.
+    """
+    waiting = {s.name: s for s in sources}
+    every, placed = dict(waiting), {}
+    for source in every.values():
+        for name, (parent, column) in source.parents.items():
+            _check_reference(source, name, every.get(parent), f"{parent}.{column}")
+    while waiting:
+        free = [s for s in waiting.values() if all(parent in placed for parent, _ in s.parents.values())]
+        if not free:
+            raise ValueError(f"sources {sorted(waiting)} refer to each other in a circle: drop one reference")
+        placed[free[0].name] = waiting.pop(free[0].name)
+    return tuple(placed.values())
+
+
+def _check_reference(source: Source, name: str, parent: Source | None, place: str) -> None:
+    column = place.rpartition(".")[2]
+    if parent is None or column not in parent.schema:
+        raise ValueError(
+            f"source {source.name!r}: column {name!r} refers to {place!r}, which is no column of a source of this "
+            f"pipeline: a view has to read that source"
+        )
+    wanted, has = source.schema[name].dtype, parent.schema[column].dtype
+    if wanted != has:
+        raise ValueError(f"source {source.name!r}: column {name!r} is {wanted}, but {place!r}, its reference, is {has}")

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from raymill.runtime.column_spec import VALUE, Col, DType
 from raymill.runtime.expressions import duration_us
-from raymill.runtime.source_spec import DeltaTable, Directory, Duration, Name, RedisStream, Source
+from raymill.runtime.source_spec import DeltaTable, Directory, Duration, Name, RedisStream, Source, parents_first
 from raymill.runtime.stores import Stores
 from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 
@@ -232,6 +232,7 @@ class Pipeline:
                 raise ValueError(
                     f"view {view.name!r} needs {lost} of the label's rows, which {self.label.source.name!r} lacks"
                 )
+        parents_first(self.sources)
         if not self.feature_names:
             raise ValueError(f"pipeline {self.name!r} has no features: give at least one view")
         return self

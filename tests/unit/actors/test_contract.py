@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from raymill.actors.contract import InLake, arrow_schema, check, event_times
 from raymill.actors.keys import key_tuples
@@ -191,3 +193,61 @@ def test_no_rows_are_a_sound_batch():
 def test_event_times_of_unreadable_text_are_null():
     times = event_times(pa.table({"time": ["2020-01-01T00:00:00Z", "soon"]}), SOURCE)
     assert times.to_pylist() == [EPOCH, None]
+
+
+def shared_nulls(nulls, rows, most=0.1):
+    """A batch of n rows of which some have no heat, and its source."""
+    schema = SOURCE.schema | {"heat": Col("float64", nullable=True, max_null_share=most)}
+    batch = [row(time=EPOCH + timedelta(seconds=i), heat=None if i < nulls else 1.0) for i in range(rows)]
+    return table(*batch), replace(SOURCE, schema=schema)
+
+
+def test_a_batch_with_too_many_nulls_is_refused_as_a_whole_with_the_figures():
+    batch, source = shared_nulls(nulls=21, rows=200)
+    with pytest.raises(ContractError, match=r"'heat'.*21 of 200 rows \(10\.5%\).*10\.0%"):
+        check(batch, source)
+    assert check(batch, source, whole=False).accepted.num_rows == 200
+
+
+@pytest.mark.parametrize(("nulls", "rows"), [(20, 200), (99, 99), (0, 100)])
+def test_a_share_of_nulls_at_its_edge_or_in_a_small_batch_is_taken(nulls, rows):
+    assert check(*shared_nulls(nulls, rows)).accepted.num_rows == rows
+
+
+def test_nan_counts_as_null_and_an_unreadable_value_does_not():
+    batch, source = shared_nulls(nulls=0, rows=100)
+    nan = batch.set_column(2, "heat", pa.array([math.nan] * 11 + [1.0] * 89))
+    with pytest.raises(ContractError, match="11 of 100"):
+        check(nan, source)
+    text = batch.set_column(2, "heat", pa.array(["hot"] * 11 + ["1"] * 89))
+    assert reasons(check(text, source)) == ["type:heat"] * 11
+
+
+def test_a_reference_is_held_against_the_lake_for_sound_rows_that_have_a_value():
+    asked = []
+
+    def values(place, column):
+        asked.append((place, column.to_pylist()))
+        return np.array([v == "a" for v in column.to_pylist()], np.bool_)
+
+    source = replace(SOURCE, schema=SOURCE.schema | {"note": Col("string", nullable=True, references="notes.name")})
+    notes = ["a", "b", None, "b"]
+    batch = table(*(row(note=n, count=-1 if i == 3 else 1, time=EPOCH + timedelta(i)) for i, n in enumerate(notes)))
+    assert reasons(check(batch, source, InLake(values=values))) == ["reference:note", "range:count"]
+    assert asked == [("notes.name", ["a", "b"])]
+    assert reasons(check(batch, source)) == ["range:count"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"dtype": "string", "ge": 0}, "numbers"),
+        ({"dtype": "timestamp", "le": 0}, "numbers"),
+        ({"dtype": "int64", "one_of": ("a",)}, "strings"),
+        ({"dtype": "int64", "max_null_share": 1.5}, "max_null_share"),
+        ({"dtype": "string", "references": "planes"}, "planes.tailnum"),
+    ],
+)
+def test_a_rule_that_does_not_fit_its_column_is_refused_where_it_is_written(declared, told):
+    with pytest.raises(ValidationError, match=told):
+        Col(**declared)

@@ -2,6 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from raymill.runtime import Col, Cost, Feature, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train, col
+from raymill.runtime.source_spec import parents_first
 
 ROWS = Source(
     "rows",
@@ -101,3 +102,40 @@ def test_a_wrong_declaration_is_refused_where_it_is_written(make, says):
 
 def test_the_threshold_is_where_acting_becomes_cheaper_than_not():
     assert Cost(missed=120, false_alarm=30).threshold == pytest.approx(0.2)
+
+
+def referring(to, name="children", dtype="string"):
+    return Source(
+        name,
+        key=["ref"],
+        time="t",
+        schema={"ref": Col("string"), "t": Col("timestamp"), "who": Col(dtype, references=to)},
+    )
+
+
+def test_sources_come_after_those_that_their_rows_refer_to():
+    children, grandchildren = referring("rows.who"), referring("children.ref", name="grandchildren")
+    views = [FeatureView(s.name, s, entity="who", features=["who"]) for s in (grandchildren, children)]
+    rows = referring("grandchildren.ref", name="labelled")
+    assert [s.name for s in parents_first([rows, grandchildren, children, ROWS])] == [
+        "rows",
+        "children",
+        "grandchildren",
+        "labelled",
+    ]
+    assert a_pipeline(views=views).sources == (ROWS, grandchildren, children)
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ([referring("rows.who")], "no column of a source"),
+        ([referring("rows.lost"), ROWS], "no column of a source"),
+        ([referring("rows.v"), ROWS], "'rows.v', its reference, is float64"),
+        ([referring("b.ref", name="a"), referring("a.ref", name="b")], "circle"),
+        ([referring("children.ref")], "circle"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_or_round_is_refused(sources, told):
+    with pytest.raises(ValueError, match=told):
+        parents_first(sources)
