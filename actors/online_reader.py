@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ from raymill.actors.windows import NEVER, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
 
 
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Vectors, and what they rest on."""
+
+    x: npt.NDArray[np.float32]
+    """float32 [rows, features], NaN for unknown."""
+    ages: Ints
+    """int64 [rows, views]: µs from the newest event of each view to the row's moment; −1: the store holds none."""
+    views: tuple[str, ...]
+    """The views that have events, in the order of `ages`."""
+
+    @property
+    def missing(self) -> npt.NDArray[np.bool_]:
+        """[rows, features]: whether a feature is unknown."""
+        return np.isnan(self.x)
+
+
 class OnlineReader:
     """Vectors for rows at their moments; works in any process of the host while another one writes."""
 
@@ -62,17 +80,25 @@ class OnlineReader:
             UnknownEntity: a view marked `required` has never seen a row's entity.
             Unavailable: the store, or a view of this plan in it, was not filled yet.
         """
+        return self._look_up(rows, at, None)
+
+    def look_up(self, rows: pa.Table, at: Ints) -> LookUp:
+        """As `vectors`, and how old what they rest on is; of one state of the store."""
+        views = tuple(v.name for v in self._plan.event_views)
+        ages = np.full((len(rows), len(views)), -1, dtype=np.int64)
+        return LookUp(self._look_up(rows, at, ages), ages, views)
+
+    def _look_up(self, rows: pa.Table, at: Ints, ages: Ints | None) -> npt.NDArray[np.float32]:
         at = np.ascontiguousarray(at, dtype=np.int64)
         if len(at) != len(rows):
             raise RequestError(f"{len(at)} moments for {len(rows)} rows: give one each")
         request = columns_of(rows, self._plan.request_view_columns, self._plan.row.dtypes)
-        by_moment = np.argsort(at, kind="stable")
-        keys = self._keys(rows)
+        asked = _Asked(self._keys(rows), at, np.argsort(at, kind="stable"), ages)
         with as_store_error(self._path):
             try:
-                leaves = self._leaves(keys, at, by_moment, newest=True)
+                leaves = self._leaves(asked, newest=True)
             except _NotWhole:  # all views anew, so that they are of one state of the store
-                leaves = self._leaves(keys, at, by_moment, newest=False)
+                leaves = self._leaves(asked, newest=False)
         return self._plan.assemble(request, leaves, len(rows))
 
     def _keys(self, rows: pa.Table) -> dict[str, list[tuple[Any, ...]]]:
@@ -87,22 +113,20 @@ class OnlineReader:
             keys[view.name] = list(zip(*(columns[name] for name in names), strict=True))
         return keys
 
-    def _leaves(
-        self, keys: dict[str, list[tuple[Any, ...]]], at: Ints, by_moment: Ints, *, newest: bool
-    ) -> dict[str, Floats]:
-        asked = []
+    def _leaves(self, asked: _Asked, *, newest: bool) -> dict[str, Floats]:
+        wanted = []
         for view in self._plan.event_views:
-            codes, distinct = _numbered(keys[view.name])
+            codes, distinct = _numbered(asked.keys[view.name])
             packed = newest and view.newest_leaves is not None
             name_of = newest_key if packed else record_key
-            asked.append((view, codes, [name_of(view, entity_key(key)) for key in distinct], packed))
+            wanted.append((view, codes, [name_of(view, entity_key(key)) for key in distinct], packed))
         leaves: dict[str, Floats] = {}
         with self._environment().begin(buffers=True) as txn:
-            fetch(txn, [n for view, _, names, _ in asked for n in (view.progress_name, *names)])
-            for view, codes, names, packed in asked:
-                _check_moments(txn, view, int(at.min()) if len(at) else NEVER)
+            fetch(txn, [n for view, _, names, _ in wanted for n in (view.progress_name, *names)])
+            for place, (view, codes, names, packed) in enumerate(wanted):
+                _check_moments(txn, view, int(asked.at.min()) if len(asked.at) else NEVER)
                 way = _from_newest if packed else _from_events
-                leaves[view.name] = way(txn, view, keys[view.name], codes, names, at, by_moment)
+                leaves[view.name] = way(txn, view, asked, place, codes, names)
         return leaves
 
     def latest(self, view: str, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
@@ -155,30 +179,57 @@ class OnlineReader:
         return self._opened
 
 
-def _from_newest(
-    txn: Any, view: ViewPlan, keys: Sequence[Any], codes: Ints, names: list[bytes], at: Ints, by_moment: Ints
-) -> Floats:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One call's rows."""
+
+    keys: dict[str, list[tuple[Any, ...]]]
+    """View → entity of each row."""
+    at: Ints
+    by_moment: Ints
+    """The rows in the order of their moments."""
+    ages: Ints | None
+    """[rows, views], to be filled; None: nobody asks."""
+
+
+def _from_newest(txn: Any, view: ViewPlan, asked: _Asked, place: int, codes: Ints, names: list[bytes]) -> Floats:
     """The view's leaves [rows, leaves] from the packed newest values; `_NotWhole`: an event is not known yet."""
     reader = NewestReader(view, b"")
     nobody = newest_key(view, b"")  # the last record, number −1
     records = reader.of_keys(txn.get, [*names, nobody])[codes]
-    if (records["whole_from"] > at).any():
+    if (records["whole_from"] > asked.at).any():
         raise _NotWhole
     if view.required:
-        _refuse_unknown(view, keys, records["time"] == NEVER)
-    return as_leaves(reader.values(records, at))
+        _refuse_unknown(view, asked.keys[view.name], records["time"] == NEVER)
+    if asked.ages is not None:
+        asked.ages[:, place] = np.where(records["time"] == NEVER, -1, asked.at - records["time"])
+    return as_leaves(reader.values(records, asked.at))
 
 
-def _from_events(
-    txn: Any, view: ViewPlan, keys: Sequence[Any], codes: Ints, names: list[bytes], at: Ints, by_moment: Ints
-) -> Floats:
+def _from_events(txn: Any, view: ViewPlan, asked: _Asked, place: int, codes: Ints, names: list[bytes]) -> Floats:
     """The view's leaves [rows, leaves] from the events."""
     found = [txn.get(name) for name in names]
     if view.required:
-        _refuse_unknown(view, keys, np.array([c < 0 or found[c] is None for c in codes], dtype=np.bool_))
-    out = view.empty(len(keys))
-    _sweep(found, codes, at, by_moment, view.leaves, out)
-    return out
+        unknown = np.array([c < 0 or found[c] is None for c in codes], dtype=np.bool_)
+        _refuse_unknown(view, asked.keys[view.name], unknown)
+    out = view.empty(len(codes))
+    if asked.ages is None:
+        _sweep(found, codes, asked.at, asked.by_moment, view.leaves, out)
+        return out
+    wide = np.concatenate([out, np.full((len(codes), 1), np.nan)], axis=1)
+    _sweep(found, codes, asked.at, asked.by_moment, _and_time(view), wide)
+    asked.ages[:, place] = _ages(wide[:, -1], asked.at)
+    return wide[:, :-1]
+
+
+def _and_time(view: ViewPlan) -> Ints:
+    """The view's leaves and, as the last, the event time of the newest event."""
+    return np.concatenate([view.leaves, np.array([[TIME, 0, -1]], dtype=np.int64)])
+
+
+def _ages(time: Floats, at: Ints | int) -> Ints:
+    """µs since event times; −1 for NaN."""
+    return np.where(np.isnan(time), -1, at - np.nan_to_num(time)).astype(np.int64)
 
 
 class _NotWhole(Exception):
@@ -232,12 +283,9 @@ def _latest_of_events(
     names = [record_key(view, entity_key(key)) for key in distinct]
     fetch(txn, names)
     found = [txn.get(name) for name in names]
-    plan = np.concatenate([view.leaves, np.array([[TIME, 0, -1]], dtype=np.int64)])
-    out = np.full((len(keys), len(plan)), np.nan)
-    _sweep(found, codes, np.full(len(keys), at, dtype=np.int64), np.arange(len(keys)), plan, out)
-    time = out[:, -1]
-    ages = np.where(np.isnan(time), -1, at - np.nan_to_num(time)).astype(np.int64)
-    return reader.features_of(to_float32(out[:, :-1])), ages
+    out = np.full((len(keys), len(view.leaves) + 1), np.nan)
+    _sweep(found, codes, np.full(len(keys), at, dtype=np.int64), np.arange(len(keys)), _and_time(view), out)
+    return reader.features_of(to_float32(out[:, :-1])), _ages(out[:, -1], at)
 
 
 def _check_moments(txn: Any, view: ViewPlan, earliest: int) -> None:

@@ -289,6 +289,11 @@ def assert_holds(ask: OnlineReader, facts: list[dict[str, Any]], done: int) -> N
     assert ask.vectors(asked, at).tobytes() == join(asked, PLAN, {"rides": known}, at=at).tobytes()
 
 
+def known_times(facts: list[dict[str, Any]], at: int) -> list[int]:
+    """Event times of what was known at a moment."""
+    return [f["left"] for f in facts if f["arrived"] is not None and max(f["arrived"], f["left"]) <= at]
+
+
 NEWEST_VIEWS = [
     FeatureView("stop", RIDES, entity="stop", max_age="25m", features={"twice": DELAY * 2, "delay": DELAY}),
     FeatureView("both", RIDES, entity=["line", "stop"], features={"late": DELAY > 3, "delay": DELAY}),
@@ -320,7 +325,7 @@ def test_packed_newest_values_equal_the_join_at_every_moment(seed: int, tmp_path
         both, _ = ask.latest("both", pairs, at)
         assert both.tobytes() == np.ascontiguousarray(offline[:, 2:]).tobytes()
         for stop, age in zip(stops, ages.tolist(), strict=True):
-            known = [f["left"] for f in facts if f["stop"] == stop and (f["arrived"] or at + 1) <= at >= f["left"]]
+            known = known_times([f for f in facts if f["stop"] == stop], at)
             assert age == (at - max(known) if known else -1)
     ask.close()
     opened.close()
@@ -340,5 +345,31 @@ def test_latest_values_tell_what_they_do_not_know_and_refuse_what_they_can_not(s
         ask.latest("line", ["a"], 10**15)
     with pytest.raises(RequestError, match="before"):
         ask.latest("stop", [0], 0)
+    ask.close()
+    opened.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**40))
+def test_ages_and_missing_values_come_back_with_the_vectors(seed: int, tmp_path_factory: Any) -> None:
+    dice = random.Random(seed)
+    plan = FeaturePlan.of_views([*VIEWS, *NEWEST_VIEWS], RIDES)
+    opened = OnlineStore(tmp_path_factory.mktemp("online"), plan, keep="9d")
+    facts = rides(dice, 60)
+    opened.ingest("rides", table(facts))
+    ask = OnlineReader(opened._path, plan)
+    asked = rides(dice, 25)
+    end = facts[-1]["left"]
+    for at in (np.full(25, end + 60 * MINUTE), np.array([dice.randrange(end + 1) for _ in asked])):
+        found = ask.look_up(table(asked), at)
+        assert found.x.tobytes() == ask.vectors(table(asked), at).tobytes()
+        assert found.missing.tolist() == np.isnan(found.x).tolist()
+        entities = {v.name: v.entity for v in plan.event_views}
+        assert found.views == ("line", "place", "newest", "stop", "both")
+        for row, moment, ages in zip(asked, at.tolist(), found.ages.tolist(), strict=True):
+            for view, age in zip(found.views, ages, strict=True):
+                mine = [f for f in facts if all(f[c] == row[c] is not None for c in entities[view])]
+                known = known_times(mine, moment)
+                assert age == (moment - max(known) if known else -1)
     ask.close()
     opened.close()
