@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raymill.actors.predictions import PredictionLog, Scored
+from raymill.actors.prediction_rows import Scored
+from raymill.actors.predictions import PredictionLog
 from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
 from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion

@@ -16,10 +16,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,33 +25,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.prediction_rows import Scored, decode, encode
 from raymill.runtime.errors import StoreError
 from raymill.runtime.ids import new_ids
 
 _log = logging.getLogger(__name__)
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("model", pa.string()),
-        ("version", pa.int64()),
-        ("role", pa.string()),
-        ("at", pa.timestamp("us", "UTC")),
-        ("key", pa.string()),
-        ("row", pa.string()),
-        ("x", pa.list_(pa.float32())),
-        ("p", pa.float32()),
-        ("wall_s", pa.float64()),
-        ("replica", pa.string()),
-    ]
-)
 SHIP_ROWS = 20_000  # few and large appends: one costs about 30 ms whatever its size
 SHIP_AFTER_S = 5.0
 KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying: a retry finds its answer though it was shipped
 REMEMBERED = 131_072  # answers a replica remembers per model, about 30 s of full load
 _TICK_S = 0.25
-_LOCK, _OPEN, _SHIPPED = "lock", ".arrows", ".shipped"
-_EOS = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_LOCK, _OPEN, _SHIPPED = "lock", ".frames", ".shipped"
 
 
 class Sink(Protocol):
@@ -61,71 +44,6 @@ class Sink(Protocol):
 
     def ship(self, segment: str, rows: pa.Table) -> None:
         """Take a segment, once whatever number of times it is sent; raise if it could not be taken."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """Answers of one batch of one model and role, before they are logged."""
-
-    model: str
-    ids: list[str]
-    versions: npt.NDArray[np.int64]
-    roles: list[str]
-    at: npt.NDArray[np.int64]
-    keys: list[str | None]
-    texts: list[bytes | None]
-    x: npt.NDArray[np.float32]
-    p: npt.NDArray[np.float32]
-
-    def take(self, places: list[int]) -> Scored:
-        """Only the rows at `places`."""
-        return Scored(
-            model=self.model,
-            ids=[self.ids[i] for i in places],
-            versions=self.versions[places],
-            roles=[self.roles[i] for i in places],
-            at=self.at[places],
-            keys=[self.keys[i] for i in places],
-            texts=[self.texts[i] for i in places],
-            x=self.x[places],
-            p=self.p[places],
-        )
-
-    def to_batch(self, replica: str, wall_s: float) -> pa.RecordBatch:
-        """As rows of the log."""
-        n, width = self.x.shape
-        flat = pa.array(np.ascontiguousarray(self.x, dtype=np.float32).reshape(-1))
-        columns = [
-            pa.array(self.ids, pa.string()),
-            _repeated(self.model, n),
-            pa.array(self.versions, pa.int64()),
-            _repeated(self.roles[0], n) if len(set(self.roles)) == 1 else _texts(self.roles),
-            pa.array(self.at, pa.int64()).view(SCHEMA.field("at").type),
-            _texts(self.keys),
-            _texts(self.texts),
-            pa.ListArray.from_arrays(_offsets(n, width), flat),
-            pa.array(np.asarray(self.p, dtype=np.float32)),
-            pa.array(np.full(n, wall_s)),
-            _repeated(replica, n),
-        ]
-        return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _texts(values: Sequence[str | bytes | None]) -> pa.Array:
-    """A column of texts; where there are none it is not made anew."""
-    if values.count(None) == len(values):
-        return _repeated(None, len(values))
-    return pa.array(values, pa.string())
-
-
-@lru_cache(maxsize=4096)
-def _repeated(value: str | None, count: int) -> pa.Array:
-    return pa.nulls(count, pa.string()) if value is None else pa.repeat(pa.scalar(value, pa.string()), count)
-
-
-@lru_cache(maxsize=1024)
-def _offsets(rows: int, width: int) -> pa.Array:
-    return pa.array(np.arange(rows + 1, dtype=np.int32) * np.int32(width))
 
 
 class PredictionLog:
@@ -184,7 +102,8 @@ class PredictionLog:
             scored, shadows = scored.take(fresh), [s.take(fresh) for s in shadows]
         if scored.ids:
             wall_s = time.time()
-            self._append([s.to_batch(self._replica, wall_s) for s in (scored, *shadows)])
+            frames = [encode(s, self._replica, wall_s) for s in (scored, *shadows)]
+            self._append(frames, sum(len(s.ids) for s in (scored, *shadows)))
             answers = zip(scored.versions.tolist(), scored.p.tolist(), strict=True)
             self._remember(scored.model, scored.ids, answers)
         return versions, p
@@ -200,12 +119,12 @@ class PredictionLog:
         segment = self._segment
         return segment.rows if segment else 0
 
-    def _append(self, batches: list[pa.RecordBatch]) -> None:
+    def _append(self, frames: list[bytes], rows: int) -> None:
         with self._lock:
             if self._segment is None:
                 self._number += 1
                 self._segment = _Segment(self._spool / self._owner / f"{self._number:06d}{_OPEN}")
-            self._segment.append(batches)
+            self._segment.append(frames, rows)
 
     def _remember(self, model: str, ids: list[str], answers: Iterator[tuple[int, float]]) -> None:
         recent = self._recent.setdefault(model, {})
@@ -296,7 +215,7 @@ class PredictionLog:
 
 
 class _Segment:
-    """An Arrow IPC stream that grows by whole messages."""
+    """A file that grows by whole frames."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -304,14 +223,12 @@ class _Segment:
         self.since = time.monotonic()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._end = 0
-        self._write(memoryview(SCHEMA.serialize()))
 
-    def append(self, batches: list[pa.RecordBatch]) -> None:
-        self._write(memoryview(b"".join(memoryview(b.serialize()) for b in batches)))
-        self.rows += sum(b.num_rows for b in batches)
+    def append(self, frames: list[bytes], rows: int) -> None:
+        self._write(memoryview(frames[0] if len(frames) == 1 else b"".join(frames)))
+        self.rows += rows
 
     def close(self) -> None:
-        self._write(memoryview(_EOS))
         self._file.close()
 
     def _write(self, data: memoryview) -> None:
@@ -320,21 +237,15 @@ class _Segment:
             while written < len(data):
                 written += self._file.write(data[written:])
         except OSError as err:
-            self._file.truncate(self._end)  # a torn message in the middle would hide those after it
+            self._file.truncate(self._end)  # a torn frame in the middle would hide those after it
             self._file.seek(self._end)
             raise StoreError(f"the prediction log {self.path} can not be written ({err}): make room there") from err
         self._end += len(data)
 
 
 def read_segment(path: Path) -> pa.Table:
-    """The rows of a segment; a torn last message (its writer was killed, nothing of it was answered) is left out."""
-    batches: list[pa.RecordBatch] = []
-    # An unreadable tail is the writer's last, unfinished write; an empty file was never even begun.
-    data = path.read_bytes()
-    with suppress(StopIteration, pa.ArrowInvalid, OSError), pa.ipc.open_stream(data) as reader:
-        while True:
-            batches.append(reader.read_next_batch())
-    return pa.Table.from_batches(batches, SCHEMA)
+    """The rows of a segment; a torn last frame (its writer was killed, nothing of it was answered) is left out."""
+    return decode(path.read_bytes())
 
 
 def _segments(spool: Path, owner: str = "*") -> Iterator[Path]:

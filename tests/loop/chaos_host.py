@@ -204,7 +204,7 @@ def assert_whole(host: Host, summary: dict[str, Any], days: int) -> None:
     orders = lake.read(source, columns=["order"])["order"]
     assert len(orders) == rows and pc.count_distinct(orders).as_py() == rows
     assert lake.count("quarantine") == (SEEDED_BAD if days > 5 else 0)
-    assert list(host.home.spool.rglob("*.arrows")) == []
+    assert list(host.home.spool.rglob("*.frames")) == []
     _assert_record(host, summary)
 
 

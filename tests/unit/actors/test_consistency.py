@@ -17,7 +17,7 @@ from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.features import FeatureActor
 from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
-from raymill.actors.predictions import Scored
+from raymill.actors.prediction_rows import Scored, decode, encode
 from raymill.actors.recompute import Recompute
 from raymill.actors.served import LakeStates, Span, request_rows
 from raymill.runtime.errors import Unavailable
@@ -99,7 +99,7 @@ class Shop:
             model="shop", ids=[f"{prefix}{i}" for i in range(n)], versions=np.full(n, version), roles=["live"] * n,
             at=at, keys=[None] * n, texts=texts, x=x, p=np.zeros(n, np.float32),
         )  # fmt: skip
-        batch = pa.Table.from_batches([scored.to_batch("r", time.time())])
+        batch = decode(encode(scored, "r", time.time()))
         self.lake.append("predictions", batch, batch_id=f"served-{prefix}")
         time.sleep(0.002)
 

@@ -10,11 +10,14 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raymill.actors import predictions
 from raymill.actors.lake import Lake
+from raymill.actors.prediction_rows import Scored, decode, encode
 from raymill.actors.prediction_sink import LakeSink
-from raymill.actors.predictions import PredictionLog, Scored, read_segment
+from raymill.actors.predictions import PredictionLog, read_segment
 from raymill.runtime.errors import StoreError
 from tests.unit.actors.serving_parts import ListSink
 
@@ -71,7 +74,8 @@ def test_the_next_replica_ships_what_a_killed_one_left_and_knows_its_answers(tmp
         import sys, time
         from pathlib import Path
         import numpy as np
-        from raymill.actors.predictions import PredictionLog, Scored
+        from raymill.actors.prediction_rows import Scored
+        from raymill.actors.predictions import PredictionLog
         log = PredictionLog(Path(sys.argv[1]), None, replica="dead")
         log.start()
         log.record(Scored(
@@ -139,7 +143,7 @@ def test_a_torn_tail_hides_nothing_before_it(tmp_path, log):
     log.record(scored("c"), [])
     path = log._segment.path
     whole = path.read_bytes()
-    torn = tmp_path / "torn.arrows"
+    torn = tmp_path / "torn.frames"
     seen = set()
     for size in range(0, len(whole), 7):
         torn.write_bytes(whole[:size])
@@ -180,7 +184,7 @@ def lake_in(folder):
 
 
 def batch(*ids, wall_s=1000.0, **fields):
-    return pa.Table.from_batches([scored(*ids, **fields).to_batch("r", wall_s)])
+    return decode(encode(scored(*ids, **fields), "r", wall_s))
 
 
 def test_the_sink_writes_an_id_once_whoever_sends_it_and_shows_the_monitor_the_same(tmp_path):
@@ -264,3 +268,54 @@ def test_each_models_predictions_go_to_the_lake_of_its_pipeline(tmp_path):
         sink.ship("s1", both)
     found = {name: sorted(lake.read("predictions").column("id").to_pylist()) for name, lake in lakes.items()}
     assert found == {"taxi": ["a", "c"], "other": ["b"]}
+
+
+@given(
+    batches=st.lists(
+        st.lists(
+            st.tuples(
+                st.text(min_size=1, max_size=8),
+                st.sampled_from(["live", "canary", "shadow"]),
+                st.none() | st.text(max_size=5),
+                st.none() | st.text(max_size=5),
+                st.integers(-(2**60), 2**60),
+                st.floats(width=32, allow_nan=False),
+            ),
+            min_size=1,
+            max_size=5,
+        ),
+        max_size=4,
+    ),
+    cut=st.integers(0, 2000),
+)
+def test_frames_give_their_rows_back_and_a_cut_file_gives_the_whole_frames_before_the_cut(batches, cut):
+    frames, wanted = [], []
+    for width, batch in enumerate(batches):
+        ids, roles, keys, texts, at, p = map(list, zip(*batch, strict=True))
+        n = len(ids)
+        x = np.arange(n * width, dtype=np.float32).reshape(n, width)
+        found = Scored(
+            model=f"m{width}",
+            ids=ids,
+            versions=np.arange(n),
+            roles=roles,
+            at=np.array(at),
+            keys=keys,
+            texts=[None if t is None else t.encode() for t in texts],
+            x=x,
+            p=np.array(p, np.float32),
+        )
+        frames.append(encode(found, "r", 1.5))
+        wanted.append(
+            [
+                {"id": i, "model": f"m{width}", "version": j, "role": r, "key": k, "row": t, "x": row, "p": float(v)}
+                for j, (i, r, k, t, row, v) in enumerate(zip(ids, roles, keys, texts, x.tolist(), p, strict=True))
+            ]
+        )
+    data = b"".join(frames)
+    ends = np.cumsum([len(f) for f in frames])
+    for at, whole in ((len(data), len(frames)), (min(cut, len(data)), int((ends <= min(cut, len(data))).sum()))):
+        rows = decode(data[:at])
+        assert rows.drop_columns(["at", "wall_s", "replica"]).to_pylist() == [r for b in wanted[:whole] for r in b]
+    moments = decode(data)["at"].cast(pa.int64()).to_pylist()
+    assert moments == [row[4] for batch in batches for row in batch]
