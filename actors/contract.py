@@ -1,9 +1,9 @@
 """Whether rows fit what their source declares: pure; bad rows get a reason, a batch of another shape is refused.
 
 Reasons: `type:<column>` (the value can not be read as the column's type), `null:<column>`, `range:<column>`,
-`one_of:<column>`, `reference:<column>` (no row of the other source has the value), `duplicate_key`. A row gets one:
-types first, then column by column as declared, then references, the key last. A key or time column is never null,
-whatever the schema says; NaN is null; an infinity is out of range.
+`one_of:<column>`, `reference:<column>` (no row of the other source has the value), `duplicate_key`, and those of
+`media.py`. A row gets one: types and media first, then column by column as declared, then references, the key last.
+A key or time column is never null, whatever the schema says; NaN is null; an infinity is out of range.
 A batch is refused as a whole for its shape, its age (`freshness`) and its nulls (`max_null_share`).
 
 Invariants
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.keys import repeats
-from raymill.actors.row_text import json_rows
+from raymill.actors.media import MEDIA, as_media, checked, is_media
+from raymill.actors.row_text import blobs_of, json_rows
 from raymill.runtime.errors import ContractError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.spec import Col, Source
@@ -33,6 +34,7 @@ ARROW_TYPES: dict[str, pa.DataType] = {
     "float64": pa.float64(),
     "bool": pa.bool_(),
     "timestamp": pa.timestamp("us", "UTC"),
+    "media": MEDIA,
 }
 """The Arrow type of each type that a source may declare."""
 
@@ -67,6 +69,8 @@ class Checked:
     """The others: `row` (JSON of the row as it came) and `reason`."""
     reasons: np.ndarray
     """Reason [n] of each row of the batch, empty where it was accepted."""
+    blobs: dict[str, bytes]
+    """Checksum → bytes of the others' media, which their JSON only names."""
 
 
 def arrow_schema(source: Source) -> pa.Schema:
@@ -104,6 +108,9 @@ def check(
         if whole:
             _check_null_share(columns[name], len(unreadable), name, source)
         _mark(reasons, unreadable, f"type:{name}")
+        if declared.dtype == "media":
+            columns[name], faults = checked(columns[name], name, declared)
+            _mark_each(reasons, faults)
     never_null = {*source.key, source.time}
     for name, declared in source.schema.items():
         _check_values(reasons, columns[name], name, declared, name not in never_null and declared.nullable)
@@ -119,7 +126,8 @@ def check(
     good = reasons == ""
     accepted = typed if good.all() else typed.filter(pa.array(good))
     _check_freshness(accepted, source, at)
-    return Checked(accepted, _rejected(rows, reasons, np.flatnonzero(~good)), reasons)
+    refused = rows.take(np.flatnonzero(~good))
+    return Checked(accepted, _rejected(refused, reasons[~good]), reasons, blobs_of(refused))
 
 
 def event_times(rows: pa.Table, source: Source) -> pa.Array:
@@ -159,6 +167,8 @@ def _check_shape(schema: pa.Schema, source: Source) -> None:
 def _readable(given: pa.DataType, needed: pa.DataType) -> bool:
     """Whether values of one type may stand for another: text is parsed, numbers widened, times brought to µs UTC."""
     t = pa.types
+    if needed.equals(MEDIA):
+        return is_media(given)
     if t.is_dictionary(given):
         given = given.value_type
     if given.equals(needed) or t.is_null(given) or _is_text(given):
@@ -175,6 +185,8 @@ def _is_text(given: pa.DataType) -> bool:
 
 def _as_type(raw: pa.Array, wanted: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     """The column in the wanted type, null where a value can not be read, and where that is."""
+    if wanted.equals(MEDIA):
+        return as_media(raw), np.empty(0, np.int64)
     if pa.types.is_dictionary(raw.type):
         raw = raw.dictionary_decode()
     if raw.type.equals(wanted):
@@ -223,6 +235,11 @@ def _mark(reasons: np.ndarray, where: np.ndarray, reason: str) -> None:
     reasons[where[reasons[where] == ""]] = reason
 
 
+def _mark_each(reasons: np.ndarray, faults: np.ndarray) -> None:
+    free = reasons == ""
+    reasons[free] = faults[free]
+
+
 def _check_null_share(values: pa.Array, unreadable: int, name: str, source: Source) -> None:
     most = source.schema[name].max_null_share
     if most is None or len(values) < NULL_SHARE_ROWS:
@@ -256,7 +273,7 @@ def _check_freshness(accepted: pa.Table, source: Source, at: int | None) -> None
         )
 
 
-def _rejected(rows: pa.Table, reasons: np.ndarray, where: np.ndarray) -> pa.Table:
-    if not len(where):
+def _rejected(rows: pa.Table, reasons: np.ndarray) -> pa.Table:
+    if not rows.num_rows:
         return REJECTED_SCHEMA.empty_table()
-    return pa.table([json_rows(rows.take(where)), reasons[where].tolist()], schema=REJECTED_SCHEMA)
+    return pa.table([json_rows(rows), reasons.tolist()], schema=REJECTED_SCHEMA)

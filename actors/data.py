@@ -25,10 +25,10 @@ import pyarrow as pa
 from raymill.actors.contract import REJECTED_SCHEMA, Checked, check
 from raymill.actors.known import Known
 from raymill.actors.lake import Lake
-from raymill.actors.quarantine import LOG, TABLE, Quarantine
+from raymill.actors.quarantine import LOG, MEDIA, TABLE, Quarantine
 from raymill.actors.quarantine_life import Entry, State, Step, next_step
 from raymill.actors.row_refs import shared, table_of
-from raymill.actors.row_text import rows_of
+from raymill.actors.row_text import checksums_in, rows_of
 from raymill.actors.sources import between, file_batches, read_rows
 from raymill.runtime.errors import Conflict, ContractError, SpecError
 from raymill.runtime.home import Home
@@ -39,7 +39,7 @@ from raymill.runtime.stores import Stores, places_of
 SEEDED = "seeded-"
 """Batches whose id begins so hold rows that were corrupted on purpose; `tally` counts them apart."""
 
-_RESERVED = (TABLE, LOG, "predictions")
+_RESERVED = (TABLE, LOG, MEDIA, "predictions")
 
 
 class DataActor:
@@ -100,7 +100,7 @@ class DataActor:
             before = self._held.refused_before(source, batch_id, table)
             if appended is None:
                 checked = check(table, declared, self._known.look_up(declared), at=at, before=before)
-                self._held.put(source, batch_id, checked.rejected, at)
+                self._held.put(source, batch_id, checked.rejected, checked.blobs, at)
                 version = self._append(declared, checked.accepted, batch_id)
             else:  # the lake holds the batch's own keys now: the verdict is the one that was given then
                 checked = check(table, declared, before=before)
@@ -143,7 +143,7 @@ class DataActor:
         """
         rejected = pa.table([list(column) for column in zip(*what, strict=True)], schema=REJECTED_SCHEMA)
         with self._turn(self._declared(source).name):
-            self._held.put(source, batch_id, rejected, None)
+            self._held.put(source, batch_id, rejected, {}, None)
 
     def quarantine(
         self,
@@ -220,7 +220,8 @@ class DataActor:
     def _land(self, batch_id: str, entries: Sequence[Entry]) -> Ingested:
         """Append the rows of a reingest that pass; the others are told first, so that the batch holds all the rest."""
         declared = self._declared(entries[0].source)
-        rows, strange = rows_of([e.row for e in entries], declared)
+        texts = [e.row for e in entries]
+        rows, strange = rows_of(texts, declared, self._held.blobs(checksums_in(texts, declared)))
         with self._turn(declared.name):
             appended = self._lake.batch_rows(declared.name, batch_id)
             lake = self._known.look_up(declared) if appended is None else None

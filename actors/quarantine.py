@@ -1,8 +1,9 @@
 """Quarantine: every refused row under an id of its own, and the log of all that was done to it since.
 
 Invariants
-- Two append-only lake tables hold everything: `quarantine`, the rows as they came, and `quarantine_log`, the steps of
-  their lives. What a row is now is computed from both; nothing is ever overwritten.
+- Append-only lake tables hold everything: `quarantine`, the rows as they came, `quarantine_media`, the bytes that
+  their texts name, and `quarantine_log`, the steps of their lives. What a row is now is computed from them; nothing
+  is ever overwritten.
 - A row that was refused in a batch stays refused in that batch, however often the batch is sent: a later try of it
   may find the row's parent there, and would else bring in a row that quarantine holds as well.
 - Only the holder of `turn()` appends to the log, one process at a time.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,12 +25,12 @@ import pyarrow as pa
 
 from raymill.actors.lake import Lake
 from raymill.actors.quarantine_life import Done, Entry, State, Step, entry_ids, landing_id, lived, next_step, patched
-from raymill.actors.row_text import json_rows
+from raymill.actors.row_text import checksum, json_rows
 from raymill.runtime.errors import UnknownRow
 from raymill.runtime.expressions import digest
 
-TABLE, LOG = "quarantine", "quarantine_log"
-"""Lake tables of the refused rows, and of what was done to them."""
+TABLE, LOG, MEDIA = "quarantine", "quarantine_log", "quarantine_media"
+"""Lake tables of the refused rows, of what was done to them, and of their media."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -53,6 +54,7 @@ LOG_SCHEMA = pa.schema(
     ]
 )
 
+MEDIA_SCHEMA = pa.schema([("sha256", pa.string()), ("bytes", pa.binary())])
 BATCH_ROWS = 16_384
 """Most rows of one batch of a reingest."""
 
@@ -88,8 +90,8 @@ class Quarantine:
                 reasons[i] = waiting[texts[i]].pop()
         return reasons
 
-    def put(self, source: str, batch_id: str, rejected: pa.Table, at: int | None) -> None:
-        """Append those of the refused rows (`row`, `reason`) that an earlier try of the batch did not."""
+    def put(self, source: str, batch_id: str, rejected: pa.Table, blobs: Mapping[str, bytes], at: int | None) -> None:
+        """Append those of the refused rows (`row`, `reason`) that an earlier try of the batch did not; media first."""
         if not rejected.num_rows:
             return
         held = self._held(source, batch_id)
@@ -101,6 +103,7 @@ class Quarantine:
                 missing.append(pair)
         if not missing:
             return
+        self._keep(blobs)
         n, ids = len(missing), entry_ids(source, batch_id, missing, held)
         columns = [ids, [source] * n, [batch_id] * n, *zip(*missing, strict=True), [time.time()] * n, [at] * n]
         version = self._lake.append(TABLE, _table(columns, SCHEMA), batch_id=f"{source}/{batch_id}/{digest(ids)}")
@@ -134,8 +137,17 @@ class Quarantine:
         found = lived(map(_entry, came.to_pylist()), map(_done, log.to_pylist()))
         return [e for e in found if reason in (None, e.reason) and state in (None, e.state)]
 
+    def blobs(self, checksums: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of media that are kept here, by their SHA-256; those that are not are left out."""
+        if not checksums or self._lake.version(MEDIA) is None:
+            return {}
+        held = self._lake.read(MEDIA, where=[("sha256", "in", list(checksums))])
+        return dict(zip(held["sha256"].to_pylist(), held["bytes"].to_pylist(), strict=True))
+
     def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
         """Change columns of open entries, id → {column: value}; the rows come in again by a reingest.
+
+        Values are JSON, or bytes for a column of media.
 
         Raises:
             UnknownRow: an id is of no quarantined row.
@@ -144,7 +156,9 @@ class Quarantine:
         """
         with self.turn():
             found = self.quarantine(list(changes))
-            self.tell([next_step(e, Step.FIXED, row=patched(e, changes[e.id])) for e in found])
+            texts = [patched(e, {c: _named(v) for c, v in changes[e.id].items()}) for e in found]
+            self._keep({checksum(v): v for told in changes.values() for v in told.values() if isinstance(v, bytes)})
+            self.tell([next_step(e, Step.FIXED, row=text) for e, text in zip(found, texts, strict=True)])
         return self.quarantine(list(changes))
 
     def discard(self, ids: Sequence[str], why: str) -> int:
@@ -195,6 +209,14 @@ class Quarantine:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _keep(self, blobs: Mapping[str, bytes]) -> None:
+        """Append the media that are not here yet; bytes that come twice in a race lie here twice and are the same."""
+        known = self.blobs(sorted(blobs))
+        fresh = sorted(blobs.keys() - known.keys())
+        if fresh:
+            rows = _table([fresh, [blobs[c] for c in fresh]], MEDIA_SCHEMA)
+            self._lake.append(MEDIA, rows, batch_id=digest(fresh))
+
     def _held(self, source: str, batch_id: str) -> Counter[tuple[str, str]]:
         """(row, reason) of what an earlier try of the batch left here."""
         version = self._lake.version(TABLE)
@@ -221,6 +243,10 @@ def _pairs(rejected: pa.Table) -> list[tuple[str, str]]:
 
 def _table(columns: Sequence[Sequence[Any]], schema: pa.Schema) -> pa.Table:
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _named(value: Any) -> Any:
+    return {"blob": checksum(value), "size": len(value)} if isinstance(value, bytes) else value
 
 
 def _entry(row: dict[str, Any]) -> Entry:

@@ -11,7 +11,16 @@ from pydantic.dataclasses import dataclass
 VALUE = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 """Pydantic's settings of every declared value."""
 
-DType = Literal["string", "int64", "float64", "bool", "timestamp"]
+DType = Literal["string", "int64", "float64", "bool", "timestamp", "media"]
+
+MEDIA_TYPES = (
+    *(f"image/{kind}" for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff")),
+    *(f"audio/{kind}" for kind in ("wav", "flac", "ogg", "mpeg", "mp4")),
+    "video/mp4",
+    "application/pdf",
+    "application/json",
+)
+"""Media types that are told by their bytes; `text/…` beside them."""
 
 _REFERENCE = re.compile(r"^[a-z][a-z0-9_-]*\.\w+$")
 
@@ -21,7 +30,7 @@ class Col:
     """What one column of a source must be."""
 
     dtype: DType
-    """Type of its values; `timestamp` is microseconds, UTC."""
+    """Type of its values; `timestamp` is microseconds, UTC; `media` is an image, a sound or a text: bytes or a URL."""
     nullable: bool = False
     """Whether a row may lack it."""
     ge: float | None = None
@@ -34,6 +43,10 @@ class Col:
     """Largest share of nulls in a batch of 100 rows or more; a batch with more of them is refused as a whole."""
     references: str | None = None
     """`<source>.<column>` of another source of the pipeline: the value must stand there when the row is ingested."""
+    media_types: tuple[str, ...] | None = None
+    """What a column of media may hold, e.g. `("image/png", "image/jpeg")`; held against the bytes themselves."""
+    max_bytes: Annotated[int, Field(ge=1)] = 16 << 20
+    """Largest value of a column of media."""
 
     @model_validator(mode="after")
     def _rules_fit_the_type(self) -> Col:
@@ -42,6 +55,18 @@ class Col:
             raise ValueError(f"ge and le are for numbers, not for {self.dtype}")
         if self.dtype != "string" and self.one_of is not None:
             raise ValueError(f"one_of is for strings, not for {self.dtype}")
+        if (self.dtype == "media") != (self.media_types is not None):
+            raise ValueError("a column of media needs media_types, and no other column has them")
+        strange = [m for m in self.media_types or () if m not in MEDIA_TYPES and not m.startswith("text/")]
+        if strange:
+            raise ValueError(f"media types {strange} can not be told by their bytes: known are {MEDIA_TYPES}, text/…")
+        if self.references is not None and self.dtype in ("media", "bool"):
+            raise ValueError(f"a column of {self.dtype} can not refer to another")
         if self.references is not None and not _REFERENCE.match(self.references):
             raise ValueError(f"references={self.references!r}: write '<source>.<column>', e.g. 'planes.tailnum'")
         return self
+
+
+def is_textual(media_type: str) -> bool:
+    """Whether values of the type are UTF-8 text."""
+    return media_type.startswith("text/") or media_type == "application/json"

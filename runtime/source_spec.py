@@ -106,6 +106,9 @@ class Source:
         missing = [c for c in wanted if c not in self.schema]
         if missing:
             raise ValueError(f"source {self.name!r}: key, time or known_at name {missing}, which its schema lacks")
+        media = [c for c in self.key if self.schema[c].dtype == "media"]
+        if media:
+            raise ValueError(f"source {self.name!r}: key columns {media} are media: take an id or the checksum as key")
         for c in (self.time, self.known_at):
             if c and self.schema[c].dtype != "timestamp":
                 raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")

@@ -251,13 +251,13 @@ VALUES = st.one_of(st.none(), st.floats(allow_nan=False), st.sampled_from([0.1, 
 @given(st.lists(st.tuples(VALUES, st.sampled_from([None, "", "N1", "é\n"])), max_size=8))
 def test_a_row_that_is_read_back_from_its_text_gets_the_same_verdict(rows):
     table = flights(*((i, wind, tail) for i, (wind, tail) in enumerate(rows)))
-    back, strange = rows_of(json_rows(table), FLIGHTS)
+    back, strange = rows_of(json_rows(table), FLIGHTS, {})
     there, here = check(table, FLIGHTS), check(back, FLIGHTS, before=strange)
     assert here.reasons.tolist() == there.reasons.tolist() and here.accepted.equals(there.accepted)
 
 
 def test_a_text_with_a_column_that_the_source_lacks_costs_its_row_alone():
-    table, strange = rows_of(['{"id": 1, "time": "1970-01-01T00:00:00Z", "gone": 2}', '{"id": 2.0}'], FLIGHTS)
+    table, strange = rows_of(['{"id": 1, "time": "1970-01-01T00:00:00Z", "gone": 2}', '{"id": 2.0}'], FLIGHTS, {})
     assert strange.tolist() == ["column:gone", ""] and table["id"].to_pylist() == ["1", "2"]
 
 
