@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 from pyarrow.fs import FileSelector, FileSystem, FileType, PyFileSystem
 
@@ -19,6 +23,9 @@ from raymill.runtime.errors import StoreError
 _TABLE = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
 RETRY_FOR = "30s"
 """How long requests to an object store are made again before the lake counts as unreachable."""
+
+_TERMINAL = re.compile("\x1b\\[[0-9;]*m|↳")
+"""What delta-rs puts between the causes of an error, for a terminal."""
 
 
 class Place:
@@ -84,3 +91,15 @@ def _options() -> dict[str, str]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
     # An endpoint that says http:// is meant: no second variable has to allow it.
     return {"retry_timeout": RETRY_FOR} | ({"aws_allow_http": "true"} if endpoint.startswith("http://") else {})
+
+
+@contextmanager
+def as_store_error(place: Place, table: str, verb: str) -> Iterator[None]:
+    """What goes wrong with a table in the block is a StoreError that says what to do."""
+    try:
+        yield
+    except TableNotFoundError as err:
+        raise StoreError(f"there is no lake table {table!r} (or not that version): ingest rows first; {err}") from err
+    except (DeltaError, OSError, pa.ArrowException) as err:
+        told = " ".join(_TERMINAL.sub(" ", str(err)).split())
+        raise StoreError(f"could not {verb} lake table {table!r} in {place.root}: {told}; {place.remedy}") from err

@@ -1,0 +1,232 @@
+"""Upkeep of a lake's tables: small parts merged in the order of time, files that no kept version needs removed.
+
+Invariants
+- A merge is one commit that takes parts away and adds their rows as new ones: readers see the one or the other. It is
+  committed on the very version it was made from, or made sure that its parts are still there and tried again.
+- Old versions stay readable until their files are vacuumed; a pinned version, or one younger than asked, always.
+- kill -9 at any point leaves at most files that no version refers to; the next vacuum takes them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties
+from deltalake.exceptions import CommitFailedError
+from deltalake.transaction import AddAction, RemoveAction
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from raymill.actors.lake_layout import FEWEST, Part, Version, kept_versions, merges, unneeded
+from raymill.actors.lake_place import Place, as_store_error
+from raymill.actors.plain_pages import PAGE_ROWS, is_plain
+from raymill.runtime.errors import StoreError
+
+SORTED_BY = "raymill.sortedBy"
+"""Property of a table: the column whose order its merged parts keep."""
+MARK = "raymill"
+"""Key in a commit's information under which a merge or migration says what it is."""
+KEEP_LOG = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+"""No commit cleans up behind itself: a manifest may pin any version, and checkpoints are made when the lake says so."""
+GRACE_S = 3600.0
+"""Files younger than that are never vacuumed: their commit may be on its way."""
+_ATTEMPTS = 20
+_TEXT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge did."""
+
+    before: int
+    """Parts that it took away."""
+    after: int
+    """Parts that it made of them."""
+    version: int
+    """Version that it made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vacuumed:
+    """What a vacuum removed, or would."""
+
+    files: list[str]
+    """Paths below the table."""
+    size: int
+    """Bytes of them all."""
+    kept: list[int]
+    """Versions whose files were looked up to be kept; they stand for every kept one."""
+
+
+def compact(place: Place, table: str, *, fewest: int = FEWEST) -> Merged | None:
+    """Merge small parts, as `lake_layout.merges` decides; None: there was nothing to merge, or another merged them.
+
+    Raises:
+        StoreError: there is no such table, a part can not be read, or other writers were first 20 times.
+    """
+    with as_store_error(place, table, "compact"):
+        found = place.open(table)
+        groups = merges(parts_of(found), fewest=fewest)
+        if not groups:
+            return None
+        files = place.files(table)
+        schema = pa.schema(found.schema().to_arrow())
+        added = [write_part(files, merged_rows(files, group, schema, sorted_by(found))) for group in groups]
+        removed = [part for group in groups for part in group]
+        version = commit_parts(place, table, found, removed, added)
+        return None if version is None else Merged(before=len(removed), after=len(added), version=version)
+
+
+def vacuum(
+    place: Place,
+    table: str,
+    *,
+    pins: Collection[int],
+    older_than_s: float,
+    now_s: float | None = None,
+    dry_run: bool = False,
+) -> Vacuumed:
+    """Remove the files that only versions refer to which are neither pinned nor younger than asked.
+
+    Args:
+        place: where the lake is.
+        table: name of the table.
+        pins: versions that manifests name.
+        older_than_s: how long ago a version must have ceased to be the newest, in seconds of wall time.
+        now_s: the wall time; absent: the clock's.
+        dry_run: only tell.
+
+    Raises:
+        StoreError: there is no such table, or its files can not be listed or removed.
+    """
+    now_ms = int((time.time() if now_s is None else now_s) * 1000)
+    with as_store_error(place, table, "vacuum"):
+        found = place.open(table)
+        kept = kept_versions(_versions(found), pins, now_ms - int(older_than_s * 1000))
+        needed = {p.path for version in kept for p in parts_of(place.open(table, version))}
+        files = place.files(table)
+        stored = {f.path: f for f in files.get_file_info(FileSelector("", recursive=False)) if f.type == FileType.File}
+        written = {path: f.mtime_ns // 1_000_000 for path, f in stored.items() if path.endswith(".parquet")}
+        doomed = unneeded(written, needed, now_ms - int(max(older_than_s, GRACE_S) * 1000))
+        for path in [] if dry_run else doomed:
+            files.delete_file(path)
+    return Vacuumed(files=doomed, size=sum(stored[p].size for p in doomed), kept=kept)
+
+
+def parts_of(found: DeltaTable) -> list[Part]:
+    """The parts of a version, from its log alone."""
+    actions = pa.table(found.get_add_actions(flatten=True))
+    name = f"min.{sorted_by(found)}"
+    first = actions.column(name).to_pylist() if name in actions.column_names else [None] * len(actions)
+    columns = ("path", "num_records", "size_bytes", "modification_time")
+    return [
+        Part(path, rows, size, (1, written) if least is None else (0, least))
+        for path, rows, size, written, least in zip(
+            *(actions.column(c).to_pylist() for c in columns), first, strict=True
+        )
+    ]
+
+
+def sorted_by(found: DeltaTable) -> str | None:
+    """The column that a table's merged parts are sorted by; None: they keep the order in which they came."""
+    by = found.metadata().configuration.get(SORTED_BY)
+    return by if by in {f.name for f in found.schema().fields} else None
+
+
+def merged_rows(files: FileSystem, parts: list[Part], schema: pa.Schema, by: str | None) -> pa.Table:
+    """The rows of parts, with the table's columns, in the order of one of them."""
+    read = [pq.read_table(part.path, filesystem=files) for part in parts]
+    rows = pa.concat_tables([conformed(rows, schema) for rows in read])
+    return rows.sort_by(by) if by else rows
+
+
+def conformed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows with the columns of a schema; one that they lack is null."""
+    columns = [
+        rows.column(f.name).cast(f.type) if f.name in rows.column_names else pa.nulls(rows.num_rows, f.type)
+        for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def write_part(files: FileSystem, rows: pa.Table) -> AddAction:
+    """Write rows as one part, numbers and moments plain as `append` does; what adds it to the table."""
+    path = f"part-{uuid.uuid4()}.parquet"
+    plain = {f.name for f in rows.schema if is_plain(f.type)}
+    with files.open_output_stream(path) as sink:
+        pq.write_table(
+            rows,
+            sink,
+            compression="none",
+            use_dictionary=[f.name for f in rows.schema if f.name not in plain and not pa.types.is_nested(f.type)],
+            row_group_size=PAGE_ROWS,
+            data_page_size=PAGE_ROWS * 16,
+            max_rows_per_page=PAGE_ROWS,
+            store_schema=False,
+        )
+    size = files.get_file_info(path).size
+    return AddAction(path, size, {}, time.time_ns() // 1_000_000, False, json.dumps(_statistics(rows)))
+
+
+def commit_parts(
+    place: Place, table: str, found: DeltaTable, removed: list[Part], added: list[AddAction]
+) -> int | None:
+    """Put the added parts for the removed ones, in one commit; the version it made, None: another took them away.
+
+    Raises:
+        StoreError: other writers were first 20 times.
+    """
+    gone = [RemoveAction(p.path, False, time.time_ns() // 1_000_000, p.size, {}) for p in removed]
+    properties = CommitProperties(custom_metadata={MARK: "compact"}, max_commit_retries=0)
+    for _ in range(_ATTEMPTS):
+        if not {p.path for p in removed} <= {p.path for p in parts_of(found)}:
+            return None
+        try:
+            found.create_write_transaction(
+                [*added, *gone],
+                "append",
+                found.schema(),
+                commit_properties=properties,
+                post_commithook_properties=KEEP_LOG,
+            )
+        except CommitFailedError:  # an append came between: on the version after it
+            found = place.open(table)
+        else:
+            found.update_incremental()
+            return found.version()
+    raise StoreError(f"lake table {table!r} was appended to {_ATTEMPTS} times while it was compacted: compact it again")
+
+
+def _versions(found: DeltaTable) -> list[Version]:
+    return [
+        Version(
+            commit["version"],
+            commit["timestamp"],
+            removes=commit["operation"] not in ("WRITE", "CREATE TABLE", "ADD COLUMN") or MARK in commit,
+        )
+        for commit in found.history()
+    ]
+
+
+def _statistics(rows: pa.Table) -> dict[str, Any]:
+    """What the log says of a part: how many rows, and the extremes of whole numbers, moments and short strings."""
+    least: dict[str, Any] = {}
+    most: dict[str, Any] = {}
+    for field in rows.schema:
+        if pa.types.is_integer(field.type) or pa.types.is_timestamp(field.type) or pa.types.is_string(field.type):
+            ends = pc.min_max(rows.column(field.name)).as_py()
+            if ends["min"] is not None and all(not isinstance(e, str) or len(e) <= _TEXT for e in ends.values()):
+                least[field.name], most[field.name] = (_told(e) for e in ends.values())
+    nulls = {f.name: rows.column(f.name).null_count for f in rows.schema if not pa.types.is_nested(f.type)}
+    return {"numRecords": rows.num_rows, "minValues": least, "maxValues": most, "nullCount": nulls}
+
+
+def _told(value: Any) -> Any:
+    return value if isinstance(value, int | str) else value.isoformat(timespec="microseconds").replace("+00:00", "Z")
