@@ -3,19 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.evaluate import Ints, moments
 from raymill.actors.feature_plan import ViewPlan
 from raymill.actors.merge import densify
+from raymill.actors.parts import Parts, Rows
 from raymill.actors.windows import NEVER, hash_bytes, hash_numbers
 from raymill.runtime.errors import ContractError
 
 _DENSE = 1 << 22
 """Numbers up to this are taken for dense; larger ones are numbered anew."""
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Entities of a view's events and of the rows that ask, as numbers 0 … groups − 1."""
+
+    events: list[Ints | npt.NDArray[np.uint32]]
+    """Block by block, the number of each event's entity plus `low`; any other value: of no entity."""
+    low: int
+    """What is to be taken off."""
+    groups: int
+    """How many numbers there are."""
+    asked: Ints
+    """Of each row; −1: of none that an event has."""
+
+
+def number(view: ViewPlan, events: Rows | Parts, rows: pa.Table) -> Numbered:
+    """Number the entities of stored or other events and of the rows that ask.
+
+    Whole numbers that lie plain in the files and are close together are their own codes: they are not even copied.
+    """
+    blocks = list(events.blocks())
+    if (span := _span(view, events)) is not None:
+        asked = _integers(entity_column(rows, view.entity[0], view.source.dtypes[view.entity[0]]), NEVER)
+        codes = [events.numbers(b, view.entity[0]) for b in blocks]
+        return Numbered(list(codes), span[0], span[1] - span[0] + 1, _shifted(asked, *span))
+    whole, asked, groups = entity_codes(view, events.table(view.entity), rows)
+    return Numbered([whole[b.first : b.first + b.rows] for b in blocks], 0, groups, asked)
+
+
+def _span(view: ViewPlan, events: Rows | Parts) -> tuple[int, int] | None:
+    """Smallest and largest entity, where the files say them and they may be taken for dense."""
+    if len(view.entity) > 1 or isinstance(events, Rows) or view.entity[0] not in events.column_names:
+        return None
+    found = [(events.place(b, view.entity[0]), events.extremes(b, view.entity[0])) for b in events.blocks()]
+    spans = [span for place, span in found if place is not None and span is not None]
+    if not spans or len(spans) < len(found):
+        return None
+    low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+    return (low, high) if high - low < max(_DENSE, len(events) // 2) else None
 
 
 def entity_codes(view: ViewPlan, events: pa.Table, rows: pa.Table) -> tuple[Ints, Ints, int]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow as pa
 from raymill.actors.aggregates import COUNT, KINDS, NEWEST, SUM
 from raymill.actors.evaluate import Columns, Floats, Ints, evaluate, kind_of, to_float32
 from raymill.runtime.errors import SpecError
+from raymill.runtime.expression_json import from_json
 from raymill.runtime.expressions import (
     Binary,
     CalendarPart,
@@ -29,7 +31,6 @@ from raymill.runtime.expressions import (
     Window,
     digest,
     duration_us,
-    from_json,
 )
 from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
 
@@ -168,6 +169,10 @@ class RequestPlan:
     features: dict[str, Expr]
     """Name → row expression over the request's columns."""
 
+    def compute(self, request: Columns, rows: int) -> list[Floats]:
+        """Feature values [rows] each, from the request's columns."""
+        return [evaluate(e, request, rows) for e in self.features.values()]
+
 
 @dataclass(frozen=True)
 class FeaturePlan:
@@ -236,6 +241,20 @@ class FeaturePlan:
         """Columns of a source that the views need."""
         return tuple(dict.fromkeys(c for v in self.event_views if v.source.name == source for c in v.columns))
 
+    @cached_property
+    def places(self) -> tuple[tuple[ViewPlan | RequestPlan, int], ...]:
+        """Each view, and the number of its first feature."""
+        counts = accumulate((len(v.features) for v in self.views), initial=0)
+        return tuple(zip(self.views, counts, strict=False))
+
+    @staticmethod
+    def fill(out: npt.NDArray[np.float32], first: int, values: Sequence[Floats]) -> None:
+        """Values [rows] of consecutive features into `out` [rows, features], from number `first` on."""
+        for row in range(0, len(out), _STEP):  # so few rows at once that they stay in the processor's cache
+            some = slice(row, row + _STEP)
+            if values:
+                out[some, first : first + len(values)] = to_float32(np.stack([v[some] for v in values], axis=1))
+
     def assemble(self, request: Columns, leaves: Mapping[str, Floats], rows: int) -> npt.NDArray[np.float32]:
         """Feature vectors, float32 [rows, features], NaN for unknown: the last step, offline and online.
 
@@ -244,16 +263,14 @@ class FeaturePlan:
             leaves: view → leaves, as `windows.sweep` fills them.
             rows: number of rows.
         """
+        out = np.empty((rows, len(self.names)), dtype=np.float32)
         values: list[Floats] = []
         for view in self.views:
             if isinstance(view, ViewPlan):
                 values += view.finish(leaves[view.name])
             else:
-                values += [evaluate(e, request, rows) for e in view.features.values()]
-        out = np.empty((rows, len(self.names)), dtype=np.float32)
-        for first in range(0, rows, _STEP):  # so few rows at once that they stay in the processor's cache
-            some = slice(first, first + _STEP)
-            out[some] = to_float32(np.stack([v[some] for v in values], axis=1)) if values else 0
+                values += view.compute(request, rows)
+        self.fill(out, 0, values)
         return out
 
     def to_json(self) -> str:

@@ -1,137 +1,64 @@
-"""The kernels of the offline join: which event is the newest for a row, and windows over events grouped by entity.
+"""The kernels of the offline join for any order, late arrivals and windows: events laid out by entity, then swept.
 
 What is computed, and how an entity's events turn into a value, is said and done in `windows`; here is how ten million
-of them get there without a sort. Two ways, with one answer:
+of them get there without a sort: `measure` and `scatter` lay the events out entity by entity (a counting sort), each
+entity's few are put in order, then `sweep_groups` goes through them. Several threads take a range of entities each.
+Newest values alone, from events in the order of their time, go a shorter way: `scan.py`.
 
-- `scan`: the events lie in the order of their time and each is known at its time. One pass over events and rows, which
-  keeps the newest event of every entity. Several threads take a stretch of time each.
-- `measure`, `scatter`, `sweep_groups`: any order, late arrivals, windows. Events are laid out entity by entity (a
-  counting sort), each entity's few are put in order, then swept. Several threads take a range of entities each.
+Key hashes, which decide between events of an entity with the same event time and known-at, are made only for those:
+the sweep marks them in `tied` and returns how many; the caller makes the hashes and runs again.
 
-Key hashes, which decide between events of an entity with the same event time (`scan`: and known-at), and tell which is
-a correction of which, are made only for those: both ways mark them in `tied` and return how many; the caller makes
-the hashes and runs again.
-
-All kernels take read-only arrays, so that Arrow's own memory is read; hence their signatures.
+All kernels take read-only arrays, so that Arrow's own memory and mapped files are read; hence their signatures.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import boolean, float64, int64, njit, types, void
+from numba import boolean, float64, int64, njit, types, uint32, void
 
 from raymill.actors.aggregates import LAST, MAX, MIN, NEWEST, extreme, newest, total
 from raymill.actors.evaluate import Floats, Ints
-from raymill.actors.windows import NEVER
 
 _INTS = types.Array(int64, 1, "C", readonly=True)
-_FLOATS = types.Array(float64, 1, "C", readonly=True)
+_STORED = types.Array(int64, 1, "C", readonly=True, aligned=False)
+_CODES = types.Array(uint32, 1, "C", readonly=True, aligned=False)
+_MARKS = types.Array(boolean, 1, "C", readonly=True)
 _TABLE = types.Array(int64, 2, "C", readonly=True)
 _MATRIX = types.Array(float64, 2, "C", readonly=True)
 
-OUT_OF_ORDER = -1
-"""`scan` met an event before the one in front of it, or one that is known only later."""
 HEAD = 3
 """Words of an event in front of its operands: event time, known-at, row."""
 _MOVES = 8
 """An entity's events are put in order by insertion, until that takes this many moves an event."""
 
 
-@njit(
-    int64(_INTS, _INTS, _INTS, _INTS, _INTS, _INTS, _INTS, int64[::1], int64[::1], boolean[::1]),
-    cache=True,
-    nogil=True,
-)
-def scan(
-    codes: Ints,
-    time: Ints,
-    known: Ints,
-    key_hash: Ints,
-    row_order: Ints,
-    row_codes: Ints,
-    at: Ints,
-    last: Ints,
-    found: Ints,
-    tied: np.ndarray,
-) -> int:
-    """The newest event at each row's moment; how many ties, or OUT_OF_ORDER.
-
-    Args:
-        codes: entity of each event, −1 for none.
-        time: event times, must not go down.
-        known: known-at, not after the event time, or NEVER.
-        key_hash: empty: mark ties in `tied`.
-        row_order: row numbers in the order of their moments.
-        row_codes: entity of each row, −1 for none.
-        at: moment of each row.
-        last: newest event of each entity so far, −1 for none; carried on.
-        found: filled, for the rows of `row_order`: number of the event, −1 for none.
-        tied: set for events with the same entity, time and known-at.
-    """
-    ties = 0
-    p = 0
-    before = np.iinfo(np.int64).min
-    for i in range(len(codes)):
-        t = time[i]
-        if t == NEVER:  # null: they are at the end, or the next one is out of order
-            before = t
-            continue
-        if t < before:
-            return OUT_OF_ORDER
-        if t > before:
-            while p < len(row_order) and at[row_order[p]] < t:
-                row = row_order[p]
-                found[row] = last[row_codes[row]] if row_codes[row] >= 0 else -1
-                p += 1
-        g = codes[i]
-        k = known[i]
-        if k > t and k != NEVER:
-            return OUT_OF_ORDER
-        if g < 0 or k == NEVER:
-            before = t
-            continue
-        j = last[g] if t == before else -1
-        before = t
-        if j < 0 or time[j] < t or known[j] < k:
-            last[g] = i
-        elif known[j] == k:
-            if len(key_hash) == 0:
-                ties += 1
-                tied[i] = True
-                tied[j] = True
-            elif key_hash[i] > key_hash[j]:
-                last[g] = i
-    while p < len(row_order):
-        row = row_order[p]
-        found[row] = last[row_codes[row]] if row_codes[row] >= 0 else -1
-        p += 1
-    return ties
+def _measure_types(codes: types.Array) -> object:
+    return void(codes, int64, _STORED, _STORED, _MARKS, int64, int64, int64[::1])
 
 
-@njit(
-    int64[::1](_INTS, int64, _INTS, _INTS, types.Array(boolean, 1, "C", readonly=True), int64, int64),
-    cache=True,
-    nogil=True,
-)
-def measure(codes: Ints, groups: int, time: Ints, known: Ints, wanted: np.ndarray, after: int, until: int) -> Ints:
-    """Where each entity's events begin, and the end: those known at some time, in (after, until], that are wanted."""
-    starts = np.zeros(groups + 1, np.int64)
-    for i in range(len(codes)):
-        g = codes[i]
-        if g >= 0 and wanted[g] and after < time[i] <= until and known[i] <= until:
-            starts[g + 1] += 1
-    for g in range(groups):
-        starts[g + 1] += starts[g]
-    return starts
+@njit([_measure_types(_STORED), _measure_types(_CODES)], cache=True, nogil=True)
+def measure(
+    codes: Ints, low: int, time: Ints, known: Ints, wanted: np.ndarray, after: int, until: int, counts: Ints
+) -> None:
+    """Count each entity's events: those known at some time, in (after, until], that are wanted."""
+    groups = len(counts)
+    for i in range(len(time)):
+        g = int64(codes[i]) - low
+        if 0 <= g < groups and wanted[g] and after < time[i] <= until and known[i] <= until:
+            counts[g] += 1
 
 
-@njit(
-    void(_INTS, _INTS, _INTS, _MATRIX, int64, int64, int64, int64[::1], _INTS, int64[::1]),
-    cache=True,
-    nogil=True,
-)
+def _scatter_types(codes: types.Array) -> object:
+    times, counts = (_STORED, _STORED), (int64[::1], _INTS)
+    return void(codes, int64, int64, int64, *times, _MATRIX, int64, int64, int64, *counts, int64[::1])
+
+
+@njit([_scatter_types(_STORED), _scatter_types(_CODES)], cache=True, nogil=True)
 def scatter(
     codes: Ints,
+    low: int,
+    begin: int,
+    end: int,
     time: Ints,
     known: Ints,
     operands: Floats,
@@ -142,16 +69,16 @@ def scatter(
     starts: Ints,
     buffer: Ints,
 ) -> None:
-    """Lay the events out entity by entity, `HEAD` + operands words each, in the order in which they come.
+    """Lay the events of entities begin … end − 1 out, `HEAD` + operands words each, in the order in which they come.
 
-    `starts` are those of `measure` (an entity of no events is not wanted); `filled` begins as a copy of them and is
-    carried on from block to block; `first` is the number of the block's first event.
+    `starts` are where each entity's begin, by what `measure` counted (an entity of no events is not wanted); `filled`
+    begins as a copy of them and is carried on from block to block; `first` is the number of the block's first event.
     """
     width = HEAD + operands.shape[0]
     floats = buffer.view(np.float64)
-    for i in range(len(codes)):
-        g = codes[i]
-        if g >= 0 and starts[g] < starts[g + 1] and after < time[i] <= until and known[i] <= until:
+    for i in range(len(time)):
+        g = int64(codes[i]) - low
+        if begin <= g < end and starts[g] < starts[g + 1] and after < time[i] <= until and known[i] <= until:
             at = filled[g] * width
             filled[g] += 1
             buffer[at] = time[i]
@@ -359,11 +286,3 @@ def densify(first: Ints, second: Ints, unknown: int) -> int:
             c = slots[_slot(slots, names, second[i], bits)]
             second[i] = c if c >= 0 else unknown
     return n
-
-
-@njit(void(_FLOATS, _INTS, float64[::1]), cache=True, nogil=True)
-def fill(values: Floats, rows: Ints, out: Floats) -> None:
-    """`out[rows] = values`, as `evaluate` gives a column: +0 for −0, NaN for what is not finite."""
-    for i in range(len(rows)):
-        v = values[i] + 0.0
-        out[rows[i]] = v if np.isfinite(v) else np.nan

@@ -31,6 +31,7 @@ from raymill.actors.environment import as_store_error, clear, fetch, open_enviro
 from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.newest import packed
+from raymill.actors.offline_windows import operands_of
 from raymill.actors.online_reader import OnlineReader
 from raymill.actors.online_records import (
     Progress,
@@ -41,7 +42,7 @@ from raymill.actors.online_records import (
     progress_of,
     record_key,
 )
-from raymill.actors.point_in_time import History, operands_of
+from raymill.actors.point_in_time import History
 from raymill.actors.redis_store import Overtaken
 from raymill.actors.windows import NEVER, prune, unpack
 from raymill.runtime.errors import StoreError

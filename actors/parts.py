@@ -6,7 +6,6 @@ What the join reads: `Parts` for files, `Rows` for a table in memory; both give 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from raymill.actors.evaluate import Ints
 from raymill.actors.plain_pages import Bytes, is_plain, mapped, plain_offset, take_plain
+from raymill.actors.windows import NEVER
 from raymill.runtime.errors import ContractError, StoreError
 
 BLOCK = 1 << 20
@@ -84,6 +84,10 @@ class Rows(_Columns):
         """Some rows of a block, by their number in the whole."""
         return self.read(block, columns).take(pa.array(chosen - block.first))
 
+    def numbers(self, block: Block, name: str) -> Ints:
+        """An int64 or timestamp column of a block, as int64 (µs), NEVER for null; Arrow's own memory if it can be."""
+        return _integers(self.read(block, [name]).column(0))
+
     def table(self, columns: Sequence[str]) -> pa.Table:
         """Columns of all rows."""
         self.check(columns)
@@ -103,7 +107,6 @@ class Parts(_Columns):
         self._by = by
         self._paths = [os.fspath(p) for p in paths]
         self._mapped: dict[int, Bytes] = {}
-        self._local = threading.local()
         self._places: dict[tuple[int, int, str], tuple[Bytes, int] | None] = {}
 
     def __len__(self) -> int:
@@ -154,7 +157,7 @@ class Parts(_Columns):
         self.check(columns)
         found: dict[str, Any] = dict.fromkeys(columns)
         for name in columns:
-            if (plain := self._plain(block, name)) is not None:
+            if (plain := self.place(block, name)) is not None:
                 values = np.empty(block.rows, dtype=np.int64)
                 _copy(plain, values)
                 found[name] = _array(values, self._schema.field(name).type)
@@ -168,11 +171,8 @@ class Parts(_Columns):
         self.check(columns)
         found: dict[str, Any] = dict.fromkeys(columns)
         for name in columns:
-            if (plain := self._plain(block, name)) is not None:
+            if (plain := self.place(block, name)) is not None:
                 values = np.empty(len(chosen), dtype=np.float64)
-                if len(chosen) > block.rows >> 6:
-                    # Most pages are wanted: one read into memory that is used again costs less than a fault for each.
-                    plain = self._scratch(self._paths[block.origin[0]], plain[1], block.rows), 0
                 take_plain(*plain, chosen, block.first, values)
                 found[name] = _array(values, self._schema.field(name).type)
         missing = [c for c in columns if found[c] is None]
@@ -189,36 +189,42 @@ class Parts(_Columns):
         with ThreadPoolExecutor(threads()) as pool:
             for name in dict.fromkeys(columns):
                 kind = self._schema.field(name).type
-                plain = [self._plain(b, name) for b in blocks]
+                plain = [self.place(b, name) for b in blocks]
                 if all(p is not None for p in plain) and blocks:
                     values = np.empty(len(self), dtype=np.int64)
                     places = [values[b.first : b.first + b.rows] for b in blocks]
                     list(pool.map(_copy, plain, places))
                     whole[name] = _array(values, kind)
                 else:
-                    read = pool.map(lambda b, n=name: self.read(b, [n]).column(0).cast(self._type(n)), blocks)
+                    read = pool.map(lambda b, n=name: self.read(b, [n]).column(0).cast(self.kind(n)), blocks)
                     whole[name] = pa.chunked_array([c for r in read for c in r.chunks], kind)
         return pa.table(whole)
 
-    def _scratch(self, path: str, start: int, rows: int) -> Bytes:
-        """Bytes of a column chunk in this thread's scratch memory, until its next."""
-        held: Bytes | None = getattr(self._local, "bytes", None)
-        if held is None or len(held) < 8 * rows:
-            held = self._local.bytes = np.empty(8 * rows, dtype=np.uint8)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(start)
-                if file.readinto(held[: 8 * rows].data) != 8 * rows:
-                    raise OSError("it ends too early")
-        except OSError as err:
-            raise StoreError(f"could not read stored part {path}: {err}") from err
-        return held
-
-    def _type(self, name: str) -> pa.DataType:
+    def kind(self, name: str) -> pa.DataType:
+        """Type of a column."""
         return self._schema.field(name).type
 
-    def _plain(self, block: Block, name: str) -> tuple[Bytes, int] | None:
-        """The file and the place in it where the column's values lie as they are."""
+    def numbers(self, block: Block, name: str) -> Ints:
+        """As `Rows.numbers`: in the mapped file where the values lie there as they are, on no 8-byte boundary."""
+        self.check([name])
+        plain = self.place(block, name)
+        if plain is not None and self.kind(name) != pa.float64():
+            return np.frombuffer(plain[0], np.int64, block.rows, plain[1])
+        return _integers(self._decoded(block, [name]).column(0))
+
+    def extremes(self, block: Block, name: str) -> tuple[int, int] | None:
+        """Smallest and largest of an int64 or timestamp (µs) column of a block, as its file says; None: it does not."""
+        p, g = block.origin
+        column = self._number(p).get(name)
+        kind = self._schemas[p].field(name).type if column is not None else pa.null()
+        found = None if column is None else self._metadata[p].row_group(g).column(column).statistics
+        whole = kind == pa.int64() or (pa.types.is_timestamp(kind) and kind.unit == "us")
+        if not whole or found is None or not found.has_min_max:
+            return None
+        return int(found.min_raw), int(found.max_raw)
+
+    def place(self, block: Block, name: str) -> tuple[Bytes, int] | None:
+        """The file and the place in it where the column's values lie as they are; None: they must be decoded."""
         p, g = block.origin
         if (p, g, name) not in self._places:
             group = self._metadata[p].row_group(g)
@@ -264,3 +270,11 @@ def _copy(plain: tuple[Bytes, int], into: Ints) -> None:
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
     """An Arrow array over the same memory."""
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _integers(column: pa.ChunkedArray) -> Ints:
+    whole = column.combine_chunks()
+    if pa.types.is_timestamp(whole.type):
+        whole = whole.cast(pa.timestamp("us", tz=whole.type.tz))
+    whole = whole.cast(pa.int64())
+    return (whole.fill_null(NEVER) if whole.null_count else whole).to_numpy()

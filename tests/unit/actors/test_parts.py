@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymill.actors import point_in_time
+from raymill.actors import offline_events
 from raymill.actors.entities import entity_codes
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
@@ -60,9 +60,8 @@ def test_parts_and_stretches_do_not_change_a_bit(seed: int, n: int, in_order: bo
     for plan in (NEWEST, WINDOWS):
         whole = join(asked, plan, {"facts": rows}, at="t")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(point_in_time, "_LARGE", 1)
-            patch.setattr(point_in_time, "threads", lambda: 3)
-            assert join(asked, plan, {"facts": stored}, at="t").tobytes() == whole.tobytes()
+            patch.setattr(offline_events, "LARGE", 1)
+            assert join(asked, plan, {"facts": stored}, at="t", workers=3).tobytes() == whole.tobytes()
 
 
 def test_events_in_order_and_shuffled_ones_give_the_same_newest_values() -> None:
@@ -139,7 +138,7 @@ def test_what_the_lake_stores_is_read_in_place_in_the_order_of_time_and_nulls_ar
     for first in (2000, 0, 1000):  # batches that came out of order
         lake.append("facts", rows.slice(first, 1000), batch_id=str(first))
     stored = lake.parts("facts", by="t")
-    places = {n: [stored._plain(b, n) is not None for b in stored.blocks()] for n in rows.column_names}
+    places = {n: [stored.place(b, n) is not None for b in stored.blocks()] for n in rows.column_names}
     assert places == {"id": [True] * 3, "t": [True] * 3, "k": [True] * 3, "who": [False] * 3, "x": [False] * 3}
     assert stored.table(rows.column_names).equals(rows)
     block = list(stored.blocks())[1]
@@ -166,9 +165,9 @@ def test_files_of_other_writers_are_never_taken_for_plain_ones(tmp_path: Path) -
     for i, options in enumerate(ways):
         pq.write_table(rows, tmp_path / str(i), **options)
         stored = Parts([tmp_path / str(i)])
-        assert stored._plain(next(stored.blocks()), "a") is None, options
+        assert stored.place(next(stored.blocks()), "a") is None, options
         assert stored.table(["a", "b"]).equals(rows)
     pq.write_table(rows, tmp_path / "plain", compression="none", use_dictionary=False)
     stored = Parts([tmp_path / "plain"])
-    assert stored._plain(next(stored.blocks()), "b") is not None
+    assert stored.place(next(stored.blocks()), "b") is not None
     assert stored.table(["a", "b"]).equals(rows)
