@@ -66,13 +66,13 @@ def open_desk(pipeline: str | None) -> Iterator[Desk]:
             yield Desk(intake.data, intake.takers)
         return
     with open_records() as (home, records):
-        running = _running(pipeline) if running_session() is not None else None
+        running = running_desk(pipeline) if running_session() is not None else None
         if running is None and pipeline is not None:
             raise Usage(f"pipeline {pipeline!r} does not run: give the path of its file, e.g. jobs/flights.py")
         yield running or Desk(Quarantine(Lakes(home, records.events).at(Stores()), home.locks / "quarantine"))
 
 
-def _running(name: str | None) -> Desk | None:
+def running_desk(name: str | None) -> Desk | None:
     """The desk of the pipeline that runs under this name, or of the only one; None: it does not run."""
     running = [n.removeprefix("data/") for n in named("data/")]
     if name is None and len(running) > 1:

@@ -81,6 +81,7 @@ def fix(
     source: Source = None,
     reason: Reason = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="column=value; nothing after = is null.")] = None,
+    set_file: Annotated[list[str] | None, typer.Option(help="column=path of the bytes of a column of media.")] = None,
     file: Annotated[Path | None, typer.Option(help='JSON lines: {"id": …, "row": {column: value, …}}.')] = None,
     pipeline: Pipeline = None,
     as_json: AsJson = False,
@@ -88,11 +89,13 @@ def fix(
     """Either the same columns of all named rows, or of each what a file says (`list --json` gives its form)."""
     from raymill.jobs.mending import open_desk
 
-    if bool(set_) == bool(file):
+    if bool(set_ or set_file) == bool(file):
         raise Usage("say what to change: either --set column=value, once or more, or --file rows.jsonl")
     if file is not None and (ids or source or reason):
         raise Usage("--file names its rows itself: leave ids, --source and --reason away")
-    same, each = _settings(set_ or []), _changes(file) if file else {}
+    same: dict[str, Any] = {name: text or None for name, text in _settings(set_ or [])}
+    same |= {name: _bytes(path) for name, path in _settings(set_file or [])}
+    each = _changes(file) if file else {}
     with open_desk(pipeline) as desk:
         changes = each or dict.fromkeys(_chosen(desk, ids, source, reason), same)
         fixed = desk.rows.fix(changes)
@@ -159,12 +162,19 @@ def _chosen(desk: Desk, ids: list[str] | None, source: str | None, reason: str |
     return [e.id for e in found]
 
 
-def _settings(words: list[str]) -> dict[str, Any]:
+def _settings(words: list[str]) -> list[tuple[str, str]]:
     split = [word.partition("=") for word in words]
     bad = [word for word, (name, sign, _) in zip(words, split, strict=True) if not name or not sign]
     if bad:
-        raise Usage(f"--set {bad[0]!r}: write column=value")
-    return {name: value or None for name, _, value in split}
+        raise Usage(f"{bad[0]!r} sets nothing: write column=value")
+    return [(name, value) for name, _, value in split]
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as err:
+        raise Usage(f"--set-file {path} can not be read: {err}") from err
 
 
 def _changes(file: Path) -> dict[str, dict[str, Any]]:
