@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,26 @@ def test_store_or_view_that_was_not_filled_is_unavailable_and_a_missing_column_n
         reader(store).vectors(row.drop(["stop"]), np.array([0]))
 
 
+def test_backfill_changes_no_newer_value_and_completes_the_windows(store: OnlineStore) -> None:
+    plan = FeaturePlan.of_views([*NEWEST_VIEWS, *VIEWS], RIDES)
+    opened = OnlineStore(store._path, plan, keep="9d")
+    facts = rides(random.Random(8), 400)
+    ask, end = OnlineReader(store._path, plan), facts[-1]["left"] + 200 * MINUTE
+    asked, at = table(facts[-40:]), moments(table(facts[-40:]))
+    opened.ingest("rides", table(facts[360:]), lake_version=0)
+    there = sorted({(f["line"], f["stop"]) for f in facts[360:] if f["arrived"] is not None and f["line"]})
+    newest = ask.latest("both", there, end)
+    lacking = ask.vectors(asked, at)
+    for _ in range(2):
+        opened.ingest("rides", table(facts[:360]))
+        again = ask.latest("both", there, end)
+        assert [a.tobytes() for a in again] == [b.tobytes() for b in newest]
+    offline = join(asked, plan, {"rides": table(facts)}, at=at)
+    assert ask.vectors(asked, at).tobytes() == offline.tobytes() != lacking.tobytes()
+    ask.close()
+    opened.close()
+
+
 def test_lake_version_follows_only_when_no_version_was_missed(store: OnlineStore) -> None:
     batch = table(rides(random.Random(5), 10))
     assert store.lake_version("rides") == -1
@@ -244,47 +266,80 @@ def test_entity_keys_are_unambiguous_and_short() -> None:
     assert entity_key((True, "a")) == entity_key((1, "a"))
 
 
-WRITER = """
-import random, sys
+WRITERS = """
+import os, sys
 sys.path.insert(0, {tests!r})
 import test_online as t
-store = t.small_store({path!r}, keep="9d")
-facts = t.rides(random.Random(6), 4000)
+t.OnlineStore({path!r} + "/warm", t.PLAN).ingest("rides", t.table(t.rides(t.random.Random(0), 5)))
+facts = t.rides(t.random.Random(6), {rows})
 print("ready", flush=True)
-for first in range(0, 4000, 20):
-    store.ingest("rides", t.table(facts[first : first + 20]))
-    print(first + 20, flush=True)
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        t.write_from({path!r}, facts, int(line))
+    print("writer", pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
 """
+BATCH = 5
 
 
-def test_writer_killed_at_any_point_loses_nothing_acknowledged_and_readers_see_it_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "online"
-    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent), path=str(path))
-    facts = rides(random.Random(6), 4000)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    ask = OnlineReader(path, PLAN)
-    done = 0
-    for line in process.stdout:
-        done = int(line)
-        if done in (60, 400):
+def write_from(path: str, facts: list[dict[str, Any]], done: int) -> None:
+    """Take the rows in from there on, and say after each batch how many are in."""
+    store = small_store(Path(path), keep="12h")
+    while done < len(facts):
+        store.ingest("rides", table(facts[done : done + BATCH]))
+        done += BATCH
+        os.write(1, b"%d\n" % done)
+    os._exit(0)
+
+
+def kill_writers(path: Path, kills: int) -> None:
+    """Writers that follow each other, each killed at a random moment; what was acknowledged must be there."""
+    facts = rides(random.Random(6), 400 * kills)
+    code = textwrap.dedent(WRITERS).format(tests=str(Path(__file__).parent), path=str(path), rows=len(facts))
+    dice = random.Random(time.time_ns())
+    small_store(path, keep="12h").ingest("rides", table(facts[:BATCH]))
+    done = BATCH
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, bufsize=1) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        ask = OnlineReader(path, PLAN)
+        for n in range(kills):
+            print(done, file=parent.stdin)
+            pid = int(parent.stdout.readline().split()[1])
+            if n % 2:
+                done = int(parent.stdout.readline())
+                assert_holds(ask, facts, done)  # while it writes on
+            time.sleep(dice.random() * 0.05)
+            os.kill(pid, signal.SIGKILL)
+            while (line := parent.stdout.readline()) != "dead\n":
+                done = int(line)
             assert_holds(ask, facts, done)
-        if done == 600:
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert_holds(ask, facts, done)
-    store = small_store(path, keep="9d")
-    store.ingest("rides", table(facts[done - 20 : done + 20]))
-    assert_holds(ask, facts, done + 20)
-    ask.close()
-    store.close()
+        parent.stdin.close()
+        ask.close()
+    assert done > BATCH * (kills // 2)  # they were killed while they wrote
+
+
+def test_writers_killed_at_random_points_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_writers(tmp_path / "online", 5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_writers_killed_at_a_hundred_random_points_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_writers(tmp_path / "online", 100)
+
+
+def asked_of(facts: list[dict[str, Any]], done: int) -> tuple[pa.Table, np.ndarray]:
+    """The last twenty of the first `done` rows, just before the last one of them."""
+    first = max(done - 20, 0)
+    return table(facts[first:done]), np.full(done - first, facts[done - 1]["left"] - 1, dtype=np.int64)
 
 
 def assert_holds(ask: OnlineReader, facts: list[dict[str, Any]], done: int) -> None:
     """The reader answers from the first `done` rows; the writer may be ahead, by rows that leave later."""
-    asked = table(facts[done - 20 : done])
-    at = np.full(20, facts[done - 1]["left"] - 1, dtype=np.int64)
+    asked, at = asked_of(facts, done)
     known = table([f for f in facts if f["left"] <= at[0]])
     assert ask.vectors(asked, at).tobytes() == join(asked, PLAN, {"rides": known}, at=at).tobytes()
 
