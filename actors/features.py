@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -100,12 +100,19 @@ class FeatureActor:
         """
         if source not in self._plan.sources:
             return
-        if self._store.horizon() is not None:
+        if self._store.horizon() is not None or lake_version is None:
             self._store.ingest(source, table_of(rows))
-        elif lake_version is not None and self._store.lake_version(source) < lake_version - 1:
-            self._catch_up(source, lake_version, None)
+        elif self._lacks_only(source, table_of(rows), lake_version):
+            self._store.ingest(source, table_of(rows), lake_version=lake_version, whole=True)
         else:
-            self._store.ingest(source, table_of(rows), lake_version=lake_version)
+            self._catch_up(source, lake_version, None)
+
+    def _lacks_only(self, source: str, rows: pa.Table, version: int) -> bool:
+        """Whether these rows are all that the online store lacks of a version; some versions only merge parts."""
+        have = self._store.lake_version(source)
+        if have < 0 or have >= version - 1:
+            return have >= version - 1
+        return self._lake.count(source, version=have) + rows.num_rows == self._lake.count(source, version=version)
 
     def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
         """Online feature vectors of request rows, float32 [rows, features]; errors as in `OnlineReader.vectors`."""
@@ -135,17 +142,25 @@ class FeatureActor:
         elif until > horizon:
             self._store.set_horizon(until)
 
-    def training_set(self, start_at: int, end_at: int, known_until: int, evaluate_from: int) -> TrainingSet:
+    def training_set(
+        self,
+        start_at: int,
+        end_at: int,
+        known_until: int,
+        evaluate_from: int,
+        lake_versions: Mapping[str, int] | None = None,
+    ) -> TrainingSet:
         """Labelled rows with event time in [start_at, end_at), each with its features as of that time.
 
         Rows whose label is null or was not known at `known_until` are counted and left out; those with event time
-        ≥ `evaluate_from` are the slice that is held out. All moments are µs UTC.
+        ≥ `evaluate_from` are the slice that is held out. All moments are µs UTC. With the `lake_versions` of a manifest
+        (and its moments) the set is made again, bit for bit; absent: from the newest version of each source.
 
         Raises:
             Conflict: a source has no rows in the lake yet, or no row of the range has a label.
         """
         names = {s.name for s in self._pipeline.sources}
-        versions = {s: v for s in sorted(names) if (v := self._lake.version(s)) is not None}
+        versions = dict(lake_versions or {s: v for s in sorted(names) if (v := self._lake.version(s)) is not None})
         if names - versions.keys():
             raise Conflict(f"sources {sorted(names - versions.keys())} have no rows in the lake yet: ingest them first")
         tables = {s: self._read(s, v, start_at, end_at) for s, v in versions.items()}

@@ -146,11 +146,11 @@ class Lake:
         """Whether the batch was appended."""
         return self.batch_rows(table, batch_id) is not None
 
-    def count(self, table: str) -> int:
-        """Rows in the newest version, from the log alone; 0: there is no such table."""
+    def count(self, table: str, *, version: int | None = None) -> int:
+        """Rows in a version, the newest if none is named, from the log alone; 0: there is no such table."""
         with self._lock_of(table), as_store_error(self._place, table, "count"):
-            writer = self._writer(table, None)
-            return 0 if writer is None else int(writer.count())
+            found = self._writer(table, None) if version is None else self._place.open(table, version)
+            return 0 if found is None else int(found.count())
 
     def tables(self) -> list[str]:
         """Names of the tables, sorted."""
@@ -161,9 +161,17 @@ class Lake:
         """Merge small parts in the order of time, as `lake_upkeep.compact`."""
         return compact(self._place, table, fewest=fewest)
 
-    def vacuum(self, table: str, *, pins: Collection[int], older_than_s: float, dry_run: bool = False) -> Vacuumed:
+    def vacuum(
+        self,
+        table: str,
+        *,
+        pins: Collection[int],
+        older_than_s: float,
+        now_s: float | None = None,
+        dry_run: bool = False,
+    ) -> Vacuumed:
         """Remove files that no pinned, newest or young version needs, as `lake_upkeep.vacuum`."""
-        return vacuum(self._place, table, pins=pins, older_than_s=older_than_s, dry_run=dry_run)
+        return vacuum(self._place, table, pins=pins, older_than_s=older_than_s, now_s=now_s, dry_run=dry_run)
 
     def _settled(self, table: str, version: int) -> int:
         """The version after an append, or the one that merged parts of it, if no other batch came between."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.ipc
 import pytest
 
 from raymill.actors.features import FeatureActor
 from raymill.actors.lake import Lake
 from raymill.actors.point_in_time import join
 from raymill.jobs import nycflights
-from raymill.runtime.errors import Conflict, RequestError
+from raymill.runtime.errors import Conflict, RequestError, StoreError
 from raymill.runtime.expressions import col
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested
@@ -198,6 +200,45 @@ def test_repeated_and_missed_batches_end_in_the_same_vectors(bench: Bench) -> No
     bench.arrive("trips", trips(40, 10), "three")
     assert bench.actor.health()["lake_versions"]["trips"] == bench.lake.version("trips")
     assert_online_is_offline(bench, 46)
+
+
+def test_a_version_that_only_merges_parts_is_no_missed_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arrive("trips", trips(0, 30), "one")
+    monkeypatch.setattr(bench.actor, "_catch_up", lambda *_: pytest.fail("read the whole table again"))
+    for i in range(9):
+        bench.arrive("trips", trips(30 + 2 * i, 2), f"more-{i}")
+    assert bench.lake.compact("trips", fewest=2) is not None
+    bench.arrive("trips", trips(48, 2), "last")
+    assert bench.actor.health()["lake_versions"]["trips"] == bench.lake.version("trips")
+    assert_online_is_offline(bench, 44)
+
+
+def bits(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_training_set_is_made_again_bit_for_bit_after_more_rows_merging_and_vacuum(bench: Bench) -> None:
+    for i in range(10):
+        bench.arrive("trips", trips(6 * i, 6), f"part-{i}")
+    span = (0, 50 * HOUR, 60 * HOUR, 40 * HOUR)
+    first = bench.actor.training_set(*span)
+    pins = {e.data["manifest"]["lake_versions"]["trips"] for e in bench.told if e.kind == "training_set.made"}
+    for i in range(10, 20):
+        bench.arrive("trips", trips(6 * i, 6), f"part-{i}")
+        bench.lake.compact("trips", fewest=2)
+    in_a_day = time.time() + 86_400
+    gone = bench.lake.vacuum("trips", pins=pins, older_than_s=3600, now_s=in_a_day)
+    assert gone.files
+    again = bench.actor.training_set(*span, first.manifest.lake_versions)
+    assert again.manifest == first.manifest
+    assert (bits(again.train_ref), bits(again.evaluate_ref)) == (bits(first.train_ref), bits(first.evaluate_ref))
+    assert not bench.lake.vacuum("trips", pins=pins, older_than_s=3600, now_s=in_a_day).files
+    assert bench.lake.vacuum("trips", pins=(), older_than_s=3600, now_s=in_a_day).files
+    with pytest.raises(StoreError):
+        bench.actor.training_set(*span, first.manifest.lake_versions)
 
 
 def test_rebuilt_store_gives_the_same_vectors(bench: Bench) -> None:
