@@ -239,7 +239,7 @@ class DataActor:
         return done
 
     def _append(self, source: Source, accepted: pa.Table, batch_id: str) -> int:
-        version = self._lake.append(source.name, accepted, batch_id=batch_id)
+        version = self._lake.append(source.name, accepted, batch_id=batch_id, by=source.time)
         self._known.appended(source, accepted, version)
         return version
 

@@ -54,7 +54,7 @@ class LakeSink:
             fresh = _fresh(lake, version, rows)
             lonely = self._show(segment, fresh, fresh.column("model").unique().to_pylist())
             try:
-                lake.append(TABLE, fresh, batch_id=segment, after=version)
+                lake.append(TABLE, fresh, batch_id=segment, after=version, by="at")
             except Conflict:
                 continue
             # A monitor that came meanwhile read the lake before this append.
