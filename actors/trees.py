@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import threading
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,15 +36,46 @@ def load_trees(data: bytes) -> Program:
         raise ModelError(f"{len(data)} bytes are no model of XGBoost ({err}): save it with `save_model`") from err
     booster.set_param({"nthread": 1})  # replicas share their cores with everything else
     columns = booster.num_features()
+    call = _Call(booster)
 
     def predict(x: F32) -> F32:
         if x.ndim != 2 or x.shape[1] != columns:
             raise ModelError(f"the trees take [rows, {columns}] float32, not {list(x.shape)}: check the features")
         if not len(x):
             return np.empty(0, np.float32)
-        p: F32 = np.asarray(booster.inplace_predict(x, validate_features=False), dtype=np.float32)
-        if p.shape != (len(x),):
-            raise ModelError(f"the trees give {list(p.shape[1:])} numbers a row: one is served")
-        return p
+        return call(x)
 
     return predict
+
+
+class _Call:
+    """`Booster.inplace_predict` by the C API that it wraps: the wrapper costs more than a small batch's trees.
+
+    https://xgboost.readthedocs.io/en/stable/c.html (XGBoosterPredictFromDense)
+    """
+
+    def __init__(self, booster: Any) -> None:
+        import xgboost
+
+        self._booster = booster  # keeps the handle alive
+        self._library, self._check = xgboost.core._LIB, xgboost.core._check_call
+        settings = {"type": 0, "training": False, "iteration_begin": 0, "iteration_end": 0, "strict_shape": False}
+        # Python writes the missing value as `NaN`, which is what XGBoost's JSON reads.
+        self._settings = json.dumps(settings | {"missing": float("nan"), "cache_id": 0}).encode()
+        self._shape = ctypes.POINTER(ctypes.c_uint64)()
+        self._dimensions = ctypes.c_uint64()
+        self._found = ctypes.POINTER(ctypes.c_float)()
+        self._out = [ctypes.byref(held) for held in (self._shape, self._dimensions, self._found)]
+        self._lock = threading.Lock()
+
+    def __call__(self, x: F32) -> F32:
+        x = np.ascontiguousarray(x, dtype="<f4")
+        rows, columns = x.shape
+        array = b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (x.ctypes.data, rows, columns)
+        with self._lock:  # the answer lies in memory of the booster's, until its next call
+            self._check(
+                self._library.XGBoosterPredictFromDense(self._booster.handle, array, self._settings, None, *self._out)
+            )
+            if self._dimensions.value != 1:
+                raise ModelError(f"the trees give {self._shape[1]} numbers a row: one is served")
+            return np.ctypeslib.as_array(self._found, (rows,)).copy()
