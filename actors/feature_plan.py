@@ -19,19 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.aggregates import COUNT, KINDS, NEWEST, SUM
-from raymill.actors.evaluate import Columns, Floats, Ints, evaluate, kind_of, to_float32
+from raymill.actors.evaluate import Columns, Evaluator, Floats, Ints, kind_of, to_float32
 from raymill.runtime.errors import SpecError
 from raymill.runtime.expression_json import from_json
-from raymill.runtime.expressions import (
-    Binary,
-    CalendarPart,
-    Column,
-    Constant,
-    Expr,
-    Window,
-    digest,
-    duration_us,
-)
+from raymill.runtime.expressions import Call, Column, Constant, Expr, Python, Window, digest, duration_us
 from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
 
 _LAYOUT = 3
@@ -154,10 +145,13 @@ class ViewPlan:
     def finish(self, leaves: Floats) -> list[Floats]:
         """Feature values [rows] each, from the leaves [rows, leaves]."""
         columns: Columns = {str(j): leaves[:, j] for j in range(leaves.shape[1])}
-        return [
-            columns[e.name] if isinstance(e, Column) else evaluate(e, columns, len(leaves))
-            for e in self._lowered.finish
-        ]
+        made = iter(self._finisher.values(columns, len(leaves)).T if self._finisher else ())
+        return [columns[e.name] if isinstance(e, Column) else next(made) for e in self._lowered.finish]
+
+    @cached_property
+    def _finisher(self) -> Evaluator | None:
+        trees = tuple(e for e in self._lowered.finish if not isinstance(e, Column))
+        return Evaluator(trees) if trees else None
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,11 @@ class RequestPlan:
 
     def compute(self, request: Columns, rows: int) -> list[Floats]:
         """Feature values [rows] each, from the request's columns."""
-        return [evaluate(e, request, rows) for e in self.features.values()]
+        return list(self._evaluator.values(request, rows).T)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(tuple(self.features.values()))
 
 
 @dataclass(frozen=True)
@@ -218,6 +216,11 @@ class FeaturePlan:
     def sources(self) -> dict[str, SourcePlan]:
         """Sources of the views, by name."""
         return {v.source.name: v.source for v in self.event_views}
+
+    @cached_property
+    def functions(self) -> tuple[Python, ...]:
+        """The Python functions that it calls, once a row each."""
+        return tuple(dict.fromkeys(f for v in self.views for e in v.features.values() for f in e.functions()))
 
     @cached_property
     def request_columns(self) -> tuple[str, ...]:
@@ -316,16 +319,18 @@ class _Lowered:
             return expr
         if isinstance(expr, Window):
             return self._leaf(KINDS[expr.aggregate], expr.operand, expr.width_us)
-        if not expr.windows():
+        if not expr.windows() and not _sees_null(expr):
             return self._leaf(NEWEST, expr, self._age_us)
-        if isinstance(expr, Binary):
-            return Binary(expr.op, self._lower(expr.left), self._lower(expr.right))
-        assert isinstance(expr, CalendarPart)
-        return CalendarPart(expr.part, self._lower(expr.operand))
+        return expr.over(tuple(self._lower(e) for e in expr.children()))
 
     def _leaf(self, kind: int, operand: Expr, width_us: int) -> Expr:
         leaf = (kind, self.operands.setdefault(operand, len(self.operands)), width_us)
         return Column(str(self.leaves.setdefault(leaf, len(self.leaves))))
+
+
+def _sees_null(expr: Expr) -> bool:
+    """Whether a value that is not known, for whatever reason, can become one that is: then it is worked out last."""
+    return any(isinstance(e, Call) and e.function in ("is_null", "fill_null") for e in expr.walk())
 
 
 def _columns(features: Mapping[str, Expr]) -> list[str]:

@@ -3,7 +3,9 @@
 A tree is a value: frozen, hashable, comparable, JSON both ways, with a content hash that names the feature's
 version. Nothing here computes; `actors/evaluate.py` does, the same way for training and for serving.
 
-Row semantics: a null operand gives null (comparison and arithmetic alike); division by zero gives null.
+Row semantics: a null operand gives null (comparison, arithmetic and functions alike); only `is_null`, `fill_null` and
+`python` see nulls, and of `when` only the branch taken counts. Division by zero gives null, as does log1p or a root of
+what has none. Truth values are 1 and 0.
 Window semantics: `x.mean("6h")` at moment t is over the events of the entity with event time in (t − 6 h, t]
 AND known at ≤ t whose `x` is not null; an empty `count` or `sum` is 0, every other empty aggregate null.
 Without a window a feature is the value of the newest row known at t (`max_age` inclusive).
@@ -28,7 +30,6 @@ Aggregate = Literal["count", "sum", "mean", "std", "min", "max", "last"]
 AGGREGATES: tuple[Aggregate, ...] = ("count", "sum", "mean", "std", "min", "max", "last")
 Calendar = Literal["hour", "weekday", "month", "day_of_year"]
 CALENDAR: tuple[Calendar, ...] = ("hour", "weekday", "month", "day_of_year")
-_OPS = ("+", "-", "*", "/", ">", ">=", "<", "<=", "==", "!=", "and", "or")
 
 
 def duration_us(text: str) -> int:
@@ -50,54 +51,100 @@ class Expr:
     __hash__ = object.__hash__
 
     def __add__(self, other: Any) -> Expr:
-        return Binary("+", self, _lift(other))
+        return Binary("+", self, lift(other))
 
     def __radd__(self, other: Any) -> Expr:
-        return Binary("+", _lift(other), self)
+        return Binary("+", lift(other), self)
 
     def __sub__(self, other: Any) -> Expr:
-        return Binary("-", self, _lift(other))
+        return Binary("-", self, lift(other))
 
     def __rsub__(self, other: Any) -> Expr:
-        return Binary("-", _lift(other), self)
+        return Binary("-", lift(other), self)
 
     def __mul__(self, other: Any) -> Expr:
-        return Binary("*", self, _lift(other))
+        return Binary("*", self, lift(other))
 
     def __rmul__(self, other: Any) -> Expr:
-        return Binary("*", _lift(other), self)
+        return Binary("*", lift(other), self)
 
     def __truediv__(self, other: Any) -> Expr:
-        return Binary("/", self, _lift(other))
+        return Binary("/", self, lift(other))
 
     def __rtruediv__(self, other: Any) -> Expr:
-        return Binary("/", _lift(other), self)
+        return Binary("/", lift(other), self)
 
     def __gt__(self, other: Any) -> Expr:
-        return Binary(">", self, _lift(other))
+        return Binary(">", self, lift(other))
 
     def __ge__(self, other: Any) -> Expr:
-        return Binary(">=", self, _lift(other))
+        return Binary(">=", self, lift(other))
 
     def __lt__(self, other: Any) -> Expr:
-        return Binary("<", self, _lift(other))
+        return Binary("<", self, lift(other))
 
     def __le__(self, other: Any) -> Expr:
-        return Binary("<=", self, _lift(other))
+        return Binary("<=", self, lift(other))
 
     def __and__(self, other: Any) -> Expr:
-        return Binary("and", self, _lift(other))
+        return Binary("and", self, lift(other))
 
     def __or__(self, other: Any) -> Expr:
-        return Binary("or", self, _lift(other))
+        return Binary("or", self, lift(other))
+
+    def __neg__(self) -> Expr:
+        return Binary("-", Constant(0), self)
+
+    def __invert__(self) -> Expr:
+        return Call("not", (self,))
+
+    def __bool__(self) -> bool:
+        raise SpecError(f"{self} has no truth value: write & | ~ for and, or, not, and when(…) for a choice")
 
     def eq(self, other: Any) -> Expr:
         """`self == other` (the operator itself compares trees, as for any value)."""
-        return Binary("==", self, _lift(other))
+        return Binary("==", self, lift(other))
 
     def ne(self, other: Any) -> Expr:
         """`self != other`."""
-        return Binary("!=", self, _lift(other))
+        return Binary("!=", self, lift(other))
+
+    def one_of(self, *values: Any) -> Expr:
+        """Whether it equals one of the values."""
+        if not values:
+            raise SpecError("one_of() of no values is never true: give at least one")
+        first, *others = (self.eq(v) for v in values)
+        for other in others:
+            first = first | other
+        return first
+
+    def abs(self) -> Expr:
+        """Magnitude."""
+        return Call("abs", (self,))
+
+    def log1p(self) -> Expr:
+        """ln(1 + x); null for x ≤ −1."""
+        return Call("log1p", (self,))
+
+    def sqrt(self) -> Expr:
+        """Square root; null for x < 0."""
+        return Call("sqrt", (self,))
+
+    def floor(self) -> Expr:
+        """Largest whole number that is not larger."""
+        return Call("floor", (self,))
+
+    def clip(self, low: Any, high: Any) -> Expr:
+        """The value, or the nearer bound if it is outside."""
+        return greatest(least(self, high), low)
+
+    def is_null(self) -> Expr:
+        """1 where it is not known, else 0."""
+        return Call("is_null", (self,))
+
+    def fill_null(self, value: Any) -> Expr:
+        """The value, or another where it is not known."""
+        return Call("fill_null", (self, lift(value)))
 
     def count(self, window: str) -> Expr:
         """Number of known, non-null values in the window."""
@@ -147,6 +194,10 @@ class Expr:
         """The nodes right below."""
         return ()
 
+    def over(self, children: tuple[Expr, ...]) -> Expr:
+        """The same node over other nodes."""
+        return self
+
     def walk(self) -> Iterator[Expr]:
         """Every node, this one first."""
         yield self
@@ -157,12 +208,16 @@ class Expr:
         """The source columns it reads, each once, in order of first use."""
         return tuple(dict.fromkeys(n.name for n in self.walk() if isinstance(n, Column)))
 
+    def functions(self) -> tuple[Python, ...]:
+        """The Python functions in it, each once, in order of first use: they make it slow."""
+        return tuple(dict.fromkeys(n for n in self.walk() if isinstance(n, Python)))
+
     def windows(self) -> tuple[Window, ...]:
         """The windows in it, each once, in order of first use."""
         return tuple(dict.fromkeys(n for n in self.walk() if isinstance(n, Window)))
 
     def to_json(self) -> list[Any]:
-        """The tree as nested lists, the form that `from_json` reads and `digest` hashes."""
+        """The tree as nested lists, the form that `expression_json.from_json` reads and `digest` hashes."""
         raise NotImplementedError
 
 
@@ -197,6 +252,9 @@ class Binary(Expr):
     def children(self) -> tuple[Expr, ...]:
         return (self.left, self.right)
 
+    def over(self, children: tuple[Expr, ...]) -> Expr:
+        return Binary(self.op, *children)
+
     def to_json(self) -> list[Any]:
         return [self.op, self.left.to_json(), self.right.to_json()]
 
@@ -211,8 +269,48 @@ class CalendarPart(Expr):
     def children(self) -> tuple[Expr, ...]:
         return (self.operand,)
 
+    def over(self, children: tuple[Expr, ...]) -> Expr:
+        return CalendarPart(self.part, *children)
+
     def to_json(self) -> list[Any]:
         return [self.part, self.operand.to_json()]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Expr):
+    """A function of one to three operands: abs, log1p, sqrt, floor, not, is_null, fill_null, least, greatest, when."""
+
+    function: str
+    operands: tuple[Expr, ...]
+
+    def children(self) -> tuple[Expr, ...]:
+        return self.operands
+
+    def over(self, children: tuple[Expr, ...]) -> Expr:
+        return Call(self.function, children)
+
+    def to_json(self) -> list[Any]:
+        return [self.function, *(e.to_json() for e in self.operands)]
+
+
+@dataclass(frozen=True, slots=True)
+class Python(Expr):
+    """A Python function of row values, called once a row: slow; `row_functions.python` makes it."""
+
+    function: str
+    """Where it is imported from: `module:name`."""
+    source: str
+    """Hash of its source text."""
+    operands: tuple[Expr, ...]
+
+    def children(self) -> tuple[Expr, ...]:
+        return self.operands
+
+    def over(self, children: tuple[Expr, ...]) -> Expr:
+        return Python(self.function, self.source, children)
+
+    def to_json(self) -> list[Any]:
+        return ["python", self.function, self.source, *(e.to_json() for e in self.operands)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,24 +339,19 @@ def col(name: str) -> Expr:
     return Column(name)
 
 
-def from_json(tree: list[Any]) -> Expr:
-    """The expression that `to_json` wrote.
+def least(left: Any, right: Any) -> Expr:
+    """The smaller of two; null if either is."""
+    return Call("least", (lift(left), lift(right)))
 
-    Raises:
-        SpecError: the nested lists are not such a tree.
-    """
-    head, *rest = tree
-    if head == "col":
-        return Column(rest[0])
-    if head == "const":
-        return Constant(rest[0])
-    if head in _OPS:
-        return Binary(head, from_json(rest[0]), from_json(rest[1]))
-    if head in AGGREGATES:
-        return Window(head, from_json(rest[0]), rest[1])
-    if head in CALENDAR:
-        return CalendarPart(head, from_json(rest[0]))
-    raise SpecError(f"{head!r} is no node of a feature expression; known are col, const, {', '.join(_OPS)}, windows")
+
+def greatest(left: Any, right: Any) -> Expr:
+    """The larger of two; null if either is."""
+    return Call("greatest", (lift(left), lift(right)))
+
+
+def when(condition: Expr, then: Any, otherwise: Any) -> Expr:
+    """`then` where the condition is true, `otherwise` where it is not, null where that is unknown."""
+    return Call("when", (condition, lift(then), lift(otherwise)))
 
 
 def digest(*parts: Any) -> str:
@@ -267,7 +360,8 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _lift(value: Any) -> Expr:
+def lift(value: Any) -> Expr:
+    """An expression, or a constant as one."""
     if isinstance(value, Expr):
         return value
     if isinstance(value, bool | int | float | str):

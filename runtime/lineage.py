@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from raymill.runtime.errors import StoreError, UnknownModel, UnknownPrediction, UnknownVersion
-from raymill.runtime.expressions import from_json
+from raymill.runtime.expression_json import from_json
 from raymill.runtime.messages import Manifest, ModelVersion
 
 PREDICTIONS = "predictions"

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymill.runtime.errors import SpecError
-from raymill.runtime.expressions import CalendarPart, Window, col, digest, duration_us, from_json
+from raymill.runtime.expression_json import from_json
+from raymill.runtime.expressions import CalendarPart, Window, col, digest, duration_us
 
 
 def trees() -> st.SearchStrategy:
