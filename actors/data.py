@@ -17,9 +17,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raymill.actors.contract import REJECTED_SCHEMA, Checked, check
@@ -107,6 +109,8 @@ class DataActor:
                 _refuse_other_rows(source, batch_id, checked, appended)
                 version = self._lake.version(source) or 0
             done = _ingested(source, batch_id, checked, version, duplicate=appended is not None)
+            if done.duplicate and before is not None:
+                done = replace(done, rows_ref=shared(self._with_mended(declared, batch_id, checked.accepted)))
             self._tell(done, at)
         return done
 
@@ -220,8 +224,7 @@ class DataActor:
     def _land(self, batch_id: str, entries: Sequence[Entry]) -> Ingested:
         """Append the rows of a reingest that pass; the others are told first, so that the batch holds all the rest."""
         declared = self._declared(entries[0].source)
-        texts = [e.row for e in entries]
-        rows, strange = rows_of(texts, declared, self._held.blobs(checksums_in(texts, declared)))
+        rows, strange = self._read_back(declared, entries)
         with self._turn(declared.name):
             appended = self._lake.batch_rows(declared.name, batch_id)
             lake = self._known.look_up(declared) if appended is None else None
@@ -237,6 +240,16 @@ class DataActor:
             done = _ingested(declared.name, batch_id, checked, version, duplicate=appended is not None)
             self._tell(done, None)
         return done
+
+    def _read_back(self, source: Source, entries: Sequence[Entry]) -> tuple[pa.Table, np.ndarray]:
+        texts = [e.row for e in entries]
+        return rows_of(texts, source, self._held.blobs(checksums_in(texts, source)))
+
+    def _with_mended(self, source: Source, batch_id: str, accepted: pa.Table) -> pa.Table:
+        """The batch's accepted rows and those that were refused then and reingested since: all that the lake has."""
+        landed = self._held.quarantine(source=source.name, state=State.REINGESTED)
+        rows, strange = self._read_back(source, [e for e in landed if e.batch_id == batch_id])
+        return pa.concat_tables([accepted, check(rows, source, before=strange, whole=False).accepted])
 
     def _append(self, source: Source, accepted: pa.Table, batch_id: str) -> int:
         version = self._lake.append(source.name, accepted, batch_id=batch_id, by=source.time)

@@ -51,7 +51,7 @@ class Ingested:
     duplicate: bool
     """Whether this batch had been appended before (then nothing was written)."""
     rows_ref: Any
-    """The accepted rows, Arrow."""
+    """The accepted rows, Arrow; of a batch that comes again also those that were refused then and reingested since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

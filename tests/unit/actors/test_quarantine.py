@@ -111,7 +111,7 @@ def test_a_batch_sent_again_after_its_parents_came_is_told_the_same_and_the_row_
 
 def test_a_try_that_died_after_quarantine_does_not_bring_the_row_in_beside_it(tmp_path):
     class Killed(Lake):
-        def append(self, table, rows, *, batch_id):
+        def append(self, table, rows, **more):
             raise KeyboardInterrupt
 
     sent, dying = flights((1, 1.0, "N1"), (2, 1.0, None)), started(tmp_path)
@@ -128,11 +128,11 @@ def test_a_reingest_that_died_at_any_write_is_brought_to_its_end_by_the_next(tmp
     class Dying(Lake):
         left = 0
 
-        def append(self, table, rows, *, batch_id):
+        def append(self, table, rows, **more):
             if Dying.left == 0:
                 raise KeyboardInterrupt
             Dying.left -= 1
-            return super().append(table, rows, batch_id=batch_id)
+            return super().append(table, rows, **more)
 
     for writes in range(4):  # begun, refused, landed in the lake, closed
         home = tmp_path / str(writes)
@@ -148,6 +148,17 @@ def test_a_reingest_that_died_at_any_write_is_brought_to_its_end_by_the_next(tmp
         reingested(started(home), ids)
         assert in_lake(home) == {1: 1.0, 2: 7.0}
         assert Counter(e.state for e in started(home).quarantine()) == {State.REINGESTED: 1, State.OPEN: 1}
+
+
+def test_a_batch_that_comes_again_brings_the_mended_rows_too(tmp_path):
+    actor, sent = started(tmp_path), flights((1, 1.0, None), (2, -1.0, None), (3, -1.0, None))
+    first = actor.ingest("flights", sent, batch_id="a")
+    (entry,) = [e for e in actor.quarantine() if json.loads(e.row)["id"] == 2]
+    actor.fix({entry.id: {"wind": 2}})
+    reingested(actor, [entry.id])
+    again = actor.ingest("flights", sent, batch_id="a")
+    assert (again.accepted, again.quarantined) == (first.accepted, first.quarantined)
+    assert again.rows_ref.select(["id", "wind"]).to_pydict() == {"id": [1, 2], "wind": [1.0, 2.0]}
 
 
 def test_rows_that_are_alike_have_ids_of_their_own_and_the_same_ones_at_every_try(tmp_path):
