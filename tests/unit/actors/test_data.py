@@ -109,10 +109,10 @@ def test_other_rows_under_a_known_batch_id_are_refused(tmp_path):
 class KilledBetween(Lake):
     """A lake whose process dies after quarantine was written and before the source's table is."""
 
-    def append(self, table, rows, *, batch_id):
+    def append(self, table, rows, **more):
         if table != quarantine.TABLE:
             raise KeyboardInterrupt
-        return super().append(table, rows, batch_id=batch_id)
+        return super().append(table, rows, **more)
 
 
 def test_a_death_between_quarantine_and_lake_is_completed_by_the_retry(tmp_path):
