@@ -205,3 +205,8 @@ def random_rows(dice: random.Random, n: int) -> list[dict[str, Any]]:
     for row in rows:
         row["at"] = dice.randrange(-2, 50) * SECOND + dice.choice([0, 0, 0, -1, 1])
     return rows
+
+
+def event(**values: Any) -> dict[str, Any]:
+    base = {"id": "e", "happened": 0, "known": 0, "place": "a", "line": 1, "x": 1.0, "y": 1.0, "tag": "a"}
+    return {**base, **values}
