@@ -28,6 +28,8 @@ _MATRIX = types.Array(float64, 2, "C", readonly=True)
 
 HEAD = 3
 """Words of an event in front of its operands: event time, known-at, row."""
+_FEW = 64
+"""A look at every event for every row is taken up to so many looks for each of both."""
 _MOVES = 8
 """An entity's events are put in order by insertion, until that takes this many moves an event."""
 
@@ -143,6 +145,46 @@ def _arrivals(time: Ints, known: Ints, order: Ints) -> None:
             return
 
 
+@njit(cache=True, nogil=True)
+def _look(
+    buffer: Ints,
+    begin: int,
+    n: int,
+    width: int,
+    key_hash: Ints,
+    tied: np.ndarray,
+    rows: Ints,
+    at: Ints,
+    plan: Ints,
+    out: Floats,
+) -> int:
+    """One leaf of newest values, by a look at every event for every row: for few, cheaper than to put them in order."""
+    ties = 0
+    for row in rows:
+        t = at[row]
+        best = -1
+        for i in range(n):
+            a = begin + i * width
+            if buffer[a] > t or buffer[a + 1] > t:
+                continue
+            if best < 0 or buffer[a] > buffer[best]:
+                best = a
+            elif buffer[a] == buffer[best] and buffer[a + 1] >= buffer[best + 1]:
+                if buffer[a + 1] > buffer[best + 1]:
+                    best = a
+                elif len(key_hash) == 0:
+                    tied[buffer[a + 2]] = True
+                    tied[buffer[best + 2]] = True
+                    ties += 1
+                elif key_hash[buffer[a + 2]] > key_hash[buffer[best + 2]]:
+                    best = a
+        if best >= 0 and (plan[0, 2] < 0 or t - buffer[best] <= plan[0, 2]):
+            out[row, 0] = buffer.view(np.float64)[best + HEAD + plan[0, 1]]
+        else:
+            out[row, 0] = np.nan
+    return ties
+
+
 @njit(
     int64(_INTS, _INTS, int64, int64, int64, _INTS, boolean[::1], _INTS, _INTS, _INTS, _TABLE, float64[:, ::1]),
     cache=True,
@@ -180,9 +222,8 @@ def sweep_groups(
     """
     floats = buffer.view(np.float64)
     ties = 0
-    most = 0
-    for g in range(low, high):
-        most = max(most, starts[g + 1] - starts[g])
+    alone = plan.shape[0] == 1 and plan[0, 0] == NEWEST
+    most = np.max(np.diff(starts[low : high + 1]))
     places = np.empty(most, np.int64)
     times = np.empty(most, np.int64)
     knowns = np.empty(most, np.int64)
@@ -192,6 +233,10 @@ def sweep_groups(
     for g in range(low, high):
         n = starts[g + 1] - starts[g]
         if n == 0 or row_starts[g] == row_starts[g + 1]:
+            continue
+        mine = rows[row_starts[g] : row_starts[g + 1]]
+        if alone and n * len(mine) <= _FEW * (n + len(mine)):
+            ties += _look(buffer, starts[g] * width, n, width, key_hash, tied, mine, at, plan, out)
             continue
         _in_order(buffer, starts[g] * width, n, width, key_hash, places)
         kept = 0
@@ -223,7 +268,6 @@ def sweep_groups(
         hashed = hashes[:kept]
         order = orders[:kept]
         _arrivals(time, known, order)
-        mine = rows[row_starts[g] : row_starts[g + 1]]
         for j in range(plan.shape[0]):
             kind = plan[j, 0]
             operand = values[plan[j, 1], :kept]
