@@ -44,7 +44,7 @@ class DeltaFollower:
     def open(self) -> None:
         with _as_store_error(self._declared):
             table = Table(self._declared.path, version=self._declared.version)
-            self._prefix = f"delta-{table.metadata().id[:13]}"
+            self._prefix = f"delta-{str(table.metadata().id)[:13]}"
 
     def close(self) -> None:
         self._coming = iter(())

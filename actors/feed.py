@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ class Feed:
         self,
         sources: Sequence[Source],
         data: Any,
-        takers: Sequence[Callable[[Ingested], None]] = (),
+        takers: Sequence[Any] = (),
         *,
         consumer: str = "feed",
     ) -> None:
@@ -70,7 +70,7 @@ class Feed:
         Args:
             sources: those to follow; the others are passed over.
             data: the DataActor, or a handle with its methods.
-            takers: told of each batch that the lake holds, in this order; must bear to be told twice.
+            takers: features and monitor: their `take` is told of each batch that the lake holds, perhaps twice.
             consumer: name of this feed wherever a carrier wants one: the same after a restart, another feed's never.
         """
         self._sources = [s for s in sources if is_followed(s)]
@@ -128,7 +128,7 @@ class Feed:
             for reason, count in done.quarantined.items():
                 progress.quarantined[reason] = progress.quarantined.get(reason, 0) + count
             for taker in self._takers:
-                taker(done)
+                taker.take(done)
 
 
 def take(data: Any, source: Source, batch: Batch) -> list[Ingested]:
@@ -172,6 +172,18 @@ def open_stream(source: Source, is_taken: IsTaken, consumer: str) -> Stream:
     raise SpecError(
         f"source {source.name!r} can not be followed: give it `read=Directory(…)`, `DeltaTable(…)` or `RedisStream(…)`"
     )
+
+
+def reach(source: Source) -> None:
+    """See whether a source's stream is there.
+
+    Raises:
+        StoreError: it can not be reached.
+        SpecError: the source declares none.
+    """
+    stream = open_stream(source, lambda batch_id: False, "")
+    stream.open()
+    stream.close()
 
 
 def _refused(batch: Batch, err: RaymillError) -> list[tuple[str, str]]:

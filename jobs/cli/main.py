@@ -13,6 +13,8 @@ from raymill.runtime.errors import RaymillError, Usage
 VERBS = {
     "run": "The whole loop of a pipeline file.",
     "plan": "What a run would do and cost, without starting anything.",
+    "ingest": "Take files or folders into a source, once.",
+    "feed": "Follow folders, Delta tables and streams until interrupted.",
     "up": "Start a cluster on this machine.",
     "down": "Stop what `up` started.",
     "status": "What runs: nodes, leases, queue, versions.",
