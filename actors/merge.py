@@ -222,7 +222,6 @@ def sweep_groups(
     """
     floats = buffer.view(np.float64)
     ties = 0
-    alone = plan.shape[0] == 1 and plan[0, 0] == NEWEST
     most = np.max(np.diff(starts[low : high + 1]))
     places = np.empty(most, np.int64)
     times = np.empty(most, np.int64)
@@ -235,7 +234,7 @@ def sweep_groups(
         if n == 0 or row_starts[g] == row_starts[g + 1]:
             continue
         mine = rows[row_starts[g] : row_starts[g + 1]]
-        if alone and n * len(mine) <= _FEW * (n + len(mine)):
+        if len(plan) == 1 and plan[0, 0] == NEWEST and n * len(mine) <= _FEW * (n + len(mine)):
             ties += _look(buffer, starts[g] * width, n, width, key_hash, tied, mine, at, plan, out)
             continue
         _in_order(buffer, starts[g] * width, n, width, key_hash, places)
