@@ -145,6 +145,8 @@ def _written(tree: Any) -> str:
         return str(rest[0])
     if head == "const":
         return repr(rest[0])
+    if head == "python":
+        head, _source, *rest = rest
     parts = [_written(r) if isinstance(r, list) else _duration(r) if isinstance(r, int) else str(r) for r in rest]
     return f"({parts[0]} {head} {parts[1]})" if head in _INFIX else f"{head}({', '.join(parts)})"
 
