@@ -26,6 +26,8 @@ from raymill.actors.evaluate import Ints, columns_of, evaluate
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan
 from raymill.actors.feature_statistics import describe
 from raymill.actors.lake import Lake
+from raymill.actors.media import MEDIA
+from raymill.actors.media_files import with_bytes
 from raymill.actors.observed import key_texts
 from raymill.actors.online import KEEP, OnlineReader, OnlineStore
 from raymill.actors.point_in_time import History, join
@@ -163,8 +165,9 @@ class FeatureActor:
         versions = dict(lake_versions or {s: v for s in sorted(names) if (v := self._lake.version(s)) is not None})
         if names - versions.keys():
             raise Conflict(f"sources {sorted(names - versions.keys())} have no rows in the lake yet: ingest them first")
-        tables = {s: self._read(s, v, start_at, end_at) for s, v in versions.items()}
-        rows, at, y, left_out = self._labelled(tables[self._plan.row.name], start_at, end_at, known_until)
+        row, media = self._plan.row.name, self._pipeline.train.media
+        tables = {s: self._read(s, v, start_at, end_at, media if s == row else ()) for s, v in versions.items()}
+        rows, at, y, left_out = self._labelled(tables[row], start_at, end_at, known_until)
         if not len(rows):
             raise Conflict(
                 f"no row of {_moment(start_at)} … {_moment(end_at)} has a label that was known at "
@@ -177,6 +180,7 @@ class FeatureActor:
                 "at": pa.array(at).cast(pa.timestamp("us", "UTC")),
                 "x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
                 "y": pa.array(y.astype(np.float32)),
+                **{c: with_bytes(rows[c].combine_chunks(), c) for c in media},
             }
         )
         manifest = self._manifest(versions, (start_at, end_at, known_until), len(rows), left_out)
@@ -222,8 +226,15 @@ class FeatureActor:
             without_label=left_out,
         )
 
-    def _read(self, source: str, version: int, start_at: int | None = None, end_at: int | None = None) -> pa.Table:
-        """The columns that features and label need, of the rows that can matter to moments in the range."""
+    def _read(
+        self,
+        source: str,
+        version: int,
+        start_at: int | None = None,
+        end_at: int | None = None,
+        media: tuple[str, ...] = (),
+    ) -> pa.Table:
+        """The columns that features and label need, and media, of the rows that can matter to moments in the range."""
         plan = self._source(source)
         columns = list(self._plan.source_columns(source))
         if source == self._plan.row.name:
@@ -233,7 +244,11 @@ class FeatureActor:
         kept = [v.kept_us for v in self._plan.event_views if v.source.name == source]
         if start_at is not None and min(kept, default=0) >= 0:
             where.append((plan.time, ">=", _moment(start_at - max(kept, default=0))))
-        return self._lake.read(source, version=version, columns=list(dict.fromkeys(columns)), where=where or None)
+        wanted = list(dict.fromkeys([*columns, *media]))
+        rows = self._lake.read(source, version=version, columns=wanted, where=where or None)
+        for name in media:  # Delta knows no large binary, and images soon make more than the 2 GiB of a small one
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(MEDIA))
+        return rows
 
     def _source(self, name: str) -> SourcePlan:
         return self._plan.row if name == self._plan.row.name else self._plan.sources[name]

@@ -112,7 +112,7 @@ class TrainerActor:
     def load(self, train_table: Any, evaluate_table: Any) -> tuple[int, int]:
         """Take the tables (Arrow, zero-copy) and forget the last training's net: rows and columns of the first."""
         self._engine = None
-        self._tables = (*columns_of(train_table), *columns_of(evaluate_table))
+        self._tables = (*columns_of(train_table, self._train), *columns_of(evaluate_table, self._train))
         return self._tables[0].shape
 
     def begin(self, schedule: Schedule, state: bytes | None) -> Position:

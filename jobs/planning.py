@@ -66,6 +66,11 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
     """
     refuse_local_stores(pipeline)
     train, serve = pipeline.train, pipeline.serve
+    if train.media:
+        raise SpecError(
+            f"train.media={train.media}: media reach training batches, but no request carries them, so this model can "
+            "not be served: train it by FeatureActor.training_set and Gang, or leave media and decode away"
+        )
     markets: dict[str, NodeType] = {kind.market: kind for kind in config.node_types.values()}
     needs: list[dict[str, Any]] = [
         {"purpose": "control", "what": "head", "usd_per_h": config.head.price_usd_per_h},

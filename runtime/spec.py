@@ -73,9 +73,15 @@ class Train:
     """Seed of weights and of the data order."""
     spot: bool = False
     """Whether ranks beyond the first may run on spot nodes."""
+    media: tuple[str, ...] = ()
+    """Columns of media of the label's source that the model is trained on beside the features; not served yet."""
+    decode: Callable[[Any], Any] | None = None
+    """Gets an Arrow table of these columns and returns float32 [rows, k], which the model's inputs end with."""
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Train:
+        if bool(self.media) != (self.decode is not None):
+            raise ValueError("media and decode belong together: name the columns, and the function that reads them")
         if self.min_ranks > self.ranks:
             raise ValueError(f"min_ranks={self.min_ranks} is more than ranks={self.ranks}: lower min_ranks")
         if self.history and duration_us(self.history) <= duration_us(self.evaluate_on):
@@ -233,6 +239,12 @@ class Pipeline:
                     f"view {view.name!r} needs {lost} of the label's rows, which {self.label.source.name!r} lacks"
                 )
         parents_first(self.sources)
+        strange = [c for c in self.train.media if c not in row or row[c].dtype != "media"]
+        if strange:
+            raise ValueError(f"train.media names {strange}, no columns of media of source {self.label.source.name!r}")
+        media = [c for c in (*self.label.value.columns(), *self.request_columns) if row[c].dtype == "media"]
+        if media:
+            raise ValueError(f"columns {media} are media: a feature or label can not be computed from them")
         if not self.feature_names:
             raise ValueError(f"pipeline {self.name!r} has no features: give at least one view")
         return self

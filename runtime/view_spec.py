@@ -71,6 +71,9 @@ class FeatureView:
             lost = [c for c in expr.columns() if c not in self.source.schema]
             if lost:
                 raise ValueError(f"feature {self.name}.{name} reads {lost}, which source {self.source.name!r} lacks")
+        media = [c for e in self.definitions.values() for c in e.columns() if self.source.schema[c].dtype == "media"]
+        if media:
+            raise ValueError(f"view {self.name!r} reads {media}, which are media: train on them by Train(media=…)")
         lost = [c for c in self.entity_columns if c not in self.source.schema]
         if lost:
             raise ValueError(f"view {self.name!r}: entity columns {lost} are not in source {self.source.name!r}")
