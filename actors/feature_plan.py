@@ -23,6 +23,7 @@ from raymill.actors.evaluate import Columns, Evaluator, Floats, Ints, kind_of, t
 from raymill.runtime.errors import SpecError
 from raymill.runtime.expression_json import from_json
 from raymill.runtime.expressions import Call, Column, Constant, Expr, Python, Window, digest, duration_us
+from raymill.runtime.row_functions import resolve
 from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
 
 _LAYOUT = 3
@@ -187,6 +188,8 @@ class FeaturePlan:
         for view in self.views:
             if isinstance(view, RequestPlan):
                 _check(view.name, view.features, self.row.dtypes)
+        for function in self.functions:
+            resolve(function.function, function.source)
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> FeaturePlan:

@@ -12,7 +12,9 @@ import pyarrow as pa
 
 from raymill.actors.entities import key_hashes
 from raymill.actors.feature_plan import FeaturePlan
-from raymill.runtime.expressions import AGGREGATES, col, duration_us
+from raymill.runtime.expression_json import from_json
+from raymill.runtime.expressions import AGGREGATES, col, duration_us, greatest, least, when
+from raymill.runtime.row_functions import python
 from raymill.runtime.spec import Col, FeatureView, OnDemand, Source
 
 UTC = pa.timestamp("us", "UTC")
@@ -47,6 +49,17 @@ SCHEMA = pa.schema(
 )
 
 
+def gap(x: float | None, tag: str | None, scale: float) -> float | bool | None:
+    """A Python function as a user writes one."""
+    if x is None:
+        return tag == "a"
+    return None if tag is None else (x - len(tag)) * scale
+
+
+FUNCTIONS = {"gap": gap}
+GAP = python(gap, col("x"), col("tag"), 0.5)
+
+
 def windows_of(operand: Any, width: str) -> dict[str, Any]:
     return {name: getattr(operand, name)(width) for name in AGGREGATES}
 
@@ -62,9 +75,29 @@ VIEWS = [
     FeatureView("aged", EVENTS, entity="place", max_age="3s", features={"x": col("x"), "twice": col("x") * 2}),
     FeatureView("newest", EVENTS, entity="line", features=["x", "y"]),
     FeatureView(
+        "functions",
+        EVENTS,
+        entity="place",
+        max_age="9s",
+        features={
+            "soft": col("x").abs().log1p().std("9s"),
+            "filled": col("x").fill_null(col("y")).sum("9s"),
+            "known": col("x").fill_null(-1) + col("tag").is_null(),
+            "choice": when(col("x").mean("4s").is_null(), col("y"), col("x").clip(-1, 3)),
+            "bounds": greatest(least(col("x"), col("y")).max("9s"), (~(col("x") > 1)).mean("20s")),
+            "root": (-col("x")).sqrt() + col("y").floor(),
+            "python": GAP,
+            "python_mean": GAP.mean("20s"),
+            "one": col("tag").one_of("b", "c").sum("9s") - col("y").one_of(1, 3).count("9s"),
+        },
+    ),
+    FeatureView(
         "mixed", EVENTS, entity="line", features={"gap": col("x").mean("4s") - col("x"), "n": col("tag").count("9s")}
     ),
-    OnDemand("now", {"above": col("x") > col("y"), "second": col("x") + 1}),
+    OnDemand(
+        "now",
+        {"above": col("x") > col("y"), "second": col("x") + 1, "function": GAP, "root": col("x").fill_null(2).sqrt()},
+    ),
 ]
 PLAN = FeaturePlan.of_views(VIEWS, EVENTS)
 
@@ -73,23 +106,50 @@ PLAN = FeaturePlan.of_views(VIEWS, EVENTS)
 
 
 def slow_value(expr: list[Any], row: dict[str, Any]) -> Any:
+    """A row expression, given as JSON, of one row; None for null."""
     head, *rest = expr
     if head == "col":
         return row[rest[0]]
     if head == "const":
         return rest[0]
-    left, right = (slow_value(e, row) for e in rest)
-    if left is None or right is None:
+    if head == "python":
+        return FUNCTIONS[rest[0].partition(":")[2]](*(slow_value(e, row) for e in rest[2:]))
+    return slow_call(head, [slow_value(e, row) for e in rest])
+
+
+def slow_call(head: str, values: list[Any]) -> Any:
+    """A function of values, None for null."""
+    if head == "is_null":
+        return float(values[0] is None)
+    if head == "fill_null":
+        return values[1] if values[0] is None else values[0]
+    if head == "when":
+        return None if values[0] is None else values[1 if values[0] else 2]
+    if None in values:
         return None
-    if head == "/":
-        return None if right == 0 else left / right
-    return {
-        "+": lambda: left + right,
-        "-": lambda: left - right,
-        "*": lambda: left * right,
-        ">": lambda: float(left > right),
-        "==": lambda: float(left == right),
+    x, y = values[0], values[-1]
+    found = {
+        "+": lambda: x + y,
+        "-": lambda: x - y,
+        "*": lambda: x * y,
+        "/": lambda: x / y if y else None,
+        ">": lambda: x > y,
+        ">=": lambda: x >= y,
+        "<": lambda: x < y,
+        "<=": lambda: x <= y,
+        "==": lambda: x == y,
+        "!=": lambda: x != y,
+        "and": lambda: x != 0 and y != 0,
+        "or": lambda: x != 0 or y != 0,
+        "not": lambda: x == 0,
+        "abs": lambda: abs(x),
+        "log1p": lambda: math.log1p(x) if x > -1 else None,
+        "sqrt": lambda: math.sqrt(x) if x >= 0 else None,
+        "floor": lambda: math.floor(x),
+        "least": lambda: min(x, y),
+        "greatest": lambda: max(x, y),
     }[head]()
+    return None if found is None or not math.isfinite(found) else float(found)
 
 
 def slow_aggregate(name: str, values: list[Any]) -> float | None:
@@ -128,9 +188,11 @@ def slow_feature(expr: list[Any], events: list[dict[str, Any]], t: int, max_age:
     if head in AGGREGATES:
         inside = [slow_value(rest[0], e) for e in known if e["happened"] > t - rest[1]]
         return slow_aggregate(head, [v for v in inside if v is not None])
-    if head == "-" and rest[0][0] in AGGREGATES:
-        left, right = slow_feature(rest[0], events, t, max_age), slow_feature(rest[1], events, t, max_age)
-        return None if left is None or right is None else left - right
+    tree = from_json(expr)
+    if tree.windows() or any(n.to_json()[0] in ("is_null", "fill_null") for n in tree.walk()):  # worked out last
+        return slow_call(head, [slow_feature(e, events, t, max_age) for e in rest])
+    if head == "const":
+        return rest[0]
     if not known or (max_age is not None and t - known[-1]["happened"] > max_age):
         return None
     return slow_value(expr, known[-1])

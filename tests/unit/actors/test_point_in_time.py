@@ -74,5 +74,5 @@ def test_plan_survives_json() -> None:
     again = FeaturePlan.from_json(PLAN.to_json())
     assert again == PLAN
     assert [v.digest for v in again.event_views] == [v.digest for v in PLAN.event_views]
-    assert again.request_columns == ("place", "line", "x", "y")
+    assert again.request_columns == ("place", "line", "x", "y", "tag")
     assert again.names[0] == "place.count"
