@@ -21,12 +21,14 @@ from deltalake.exceptions import CommitFailedError
 
 from raymill.actors.lake_cache import PartCache
 from raymill.actors.lake_layout import FEWEST
+from raymill.actors.lake_migrations import migrate
 from raymill.actors.lake_place import Place, as_store_error
-from raymill.actors.lake_upkeep import KEEP_LOG, SORTED_BY, Merged, Vacuumed, compact, vacuum
+from raymill.actors.lake_upkeep import KEEP_LOG, SORTED_BY, Merged, Vacuumed, compact, parts_of, vacuum
 from raymill.actors.parts import Parts
 from raymill.actors.plain_pages import is_plain, writer_properties
 from raymill.runtime.errors import Conflict, ContractError, StoreError
 from raymill.runtime.home import current_home
+from raymill.runtime.spec import Source
 
 ATTEMPTS = 20
 """Rounds of look-then-write when other writers get in between (each round has delta-rs' own 15 retries in it)."""
@@ -123,12 +125,14 @@ class Lake:
             StoreError: there is no such table or version.
         """
         with as_store_error(self._place, table, "read"):
-            found = pa.table(self._place.open(table, version).get_add_actions(flatten=True))
-            parts = list(zip(found["path"].to_pylist(), found["size_bytes"].to_pylist(), strict=True))
+            found = self._place.open(table, version)
+            parts = [(p.path, p.size) for p in parts_of(found)]
             uri = self._place.uri(table)
             if self._place.is_local:
-                return Parts([Path(uri, path) for path, _ in parts], by=by)
-            return Parts(self._cache.fetch(self._place.files(table), uri, parts), by=by)
+                paths = [Path(uri, path) for path, _ in parts]
+            else:
+                paths = self._cache.fetch(self._place.files(table), uri, parts)
+            return Parts(paths, by=by, schema=pa.schema(found.schema().to_arrow()))
 
     def version(self, table: str) -> int | None:
         """Newest version of the table; None: there is none yet."""
@@ -156,6 +160,10 @@ class Lake:
         """Names of the tables, sorted."""
         with as_store_error(self._place, "*", "list"):
             return self._place.tables()
+
+    def migrate(self, source: Source) -> int | None:
+        """Bring a source's table to its declared columns, as `lake_migrations.migrate`."""
+        return migrate(self._place, source)
 
     def compact(self, table: str, *, fewest: int = FEWEST) -> Merged | None:
         """Merge small parts in the order of time, as `lake_upkeep.compact`."""

@@ -142,9 +142,13 @@ def sorted_by(found: DeltaTable) -> str | None:
 
 def merged_rows(files: FileSystem, parts: list[Part], schema: pa.Schema, by: str | None) -> pa.Table:
     """The rows of parts, with the table's columns, in the order of one of them."""
-    read = [pq.read_table(part.path, filesystem=files) for part in parts]
-    rows = pa.concat_tables([conformed(rows, schema) for rows in read])
+    rows = pa.concat_tables([conformed(read_part(files, part), schema) for part in parts])
     return rows.sort_by(by) if by else rows
+
+
+def read_part(files: FileSystem, part: Part) -> pa.Table:
+    """The rows of a part, as they are stored."""
+    return pq.read_table(part.path, filesystem=files)
 
 
 def conformed(rows: pa.Table, schema: pa.Schema) -> pa.Table:

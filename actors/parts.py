@@ -95,16 +95,18 @@ class Rows(_Columns):
 
 
 class Parts(_Columns):
-    """Parquet files of one schema, in the order given, or that of a column."""
+    """Parquet files of one schema, in the order given, or that of a column; once looked at, they may be removed."""
 
-    def __init__(self, paths: Sequence[str | Path], *, by: str | None = None) -> None:
+    def __init__(self, paths: Sequence[str | Path], *, by: str | None = None, schema: pa.Schema | None = None) -> None:
         """Files at these paths.
 
         Args:
             paths: local files.
             by: column whose smallest value orders the row groups: the event time, if rows were written in its order.
+            schema: columns that there are, though no file may have them yet; absent: those of the files.
         """
         self._by = by
+        self._extra = schema
         self._paths = [os.fspath(p) for p in paths]
         self._mapped: dict[int, Bytes] = {}
         self._places: dict[tuple[int, int, str], tuple[Bytes, int] | None] = {}
@@ -115,13 +117,18 @@ class Parts(_Columns):
     @cached_property
     def _metadata(self) -> list[Any]:
         try:
-            return [pq.read_metadata(p) for p in self._paths]
-        except (OSError, pa.ArrowException) as err:
-            raise StoreError(f"could not read stored parts: {err}; were they vacuumed away?") from err
+            return [pq.read_metadata(pa.BufferReader(self._files(p))) for p in range(len(self._paths))]
+        except pa.ArrowException as err:
+            raise StoreError(f"could not read stored parts, {', '.join(self._paths)}: {err}") from err
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        return pa.unify_schemas(self._schemas)
+        return pa.unify_schemas([*self._schemas, *self._to_come])
+
+    @property
+    def _to_come(self) -> list[pa.Schema]:
+        there = {name for s in self._schemas for name in s.names}
+        return [pa.schema([f for f in self._extra if f.name not in there])] if self._extra is not None else []
 
     @cached_property
     def _schemas(self) -> list[pa.Schema]:
@@ -223,6 +230,10 @@ class Parts(_Columns):
             return None
         return int(found.min_raw), int(found.max_raw)
 
+    def release(self) -> None:
+        """Let go of the mapped files, and with them of the memory that their pages take; they are mapped anew."""
+        self._mapped, self._places = {}, {}
+
     def place(self, block: Block, name: str) -> tuple[Bytes, int] | None:
         """The file and the place in it where the column's values lie as they are; None: they must be decoded."""
         p, g = block.origin
@@ -245,13 +256,15 @@ class Parts(_Columns):
             try:
                 self._mapped[part] = mapped(self._paths[part])
             except OSError as err:
-                raise StoreError(f"could not read stored part {self._paths[part]}: {err}") from err
+                raise StoreError(
+                    f"could not read stored part {self._paths[part]}: {err}; was its version vacuumed away?"
+                ) from err
         return self._mapped[part]
 
     def _decoded(self, block: Block, columns: Sequence[str]) -> pa.Table:
         p, g = block.origin
         try:
-            with pq.ParquetFile(self._paths[p], metadata=self._metadata[p], memory_map=True) as file:
+            with pq.ParquetFile(pa.BufferReader(self._files(p)), metadata=self._metadata[p]) as file:
                 has = set(file.schema_arrow.names)
                 found = file.read_row_group(g, columns=[c for c in columns if c in has], use_threads=False)
         except (OSError, pa.ArrowException) as err:

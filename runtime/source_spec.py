@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from raymill.runtime.column_spec import VALUE, Col
 from raymill.runtime.expressions import duration_us
+from raymill.runtime.migrations import AddColumn, DropColumn, RenameColumn, Widen, states
 
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
 
@@ -99,6 +100,8 @@ class Source:
     follows: a `Directory`, `DeltaTable` or `RedisStream`; absent: rows are only sent in."""
     freshness: Duration | None = None
     """How old the newest row of a live batch may be when it is ingested, in event time."""
+    migrations: tuple[AddColumn | DropColumn | RenameColumn | Widen, ...] = ()
+    """How the columns came to be what they are, oldest first; add to the end, and the lake's table follows."""
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Source:
@@ -112,6 +115,10 @@ class Source:
         for c in (self.time, self.known_at):
             if c and self.schema[c].dtype != "timestamp":
                 raise ValueError(f"source {self.name!r}: column {c!r} must be a timestamp, not {self.schema[c].dtype}")
+        try:
+            states({name: c.dtype for name, c in self.schema.items()}, self.migrations)
+        except ValueError as err:
+            raise ValueError(f"source {self.name!r}: {err}") from err
         return self
 
     @property
