@@ -19,8 +19,8 @@ from deltalake import DeltaTable as Table
 from deltalake.exceptions import DeltaError
 
 from raymill.actors.contract import arrow_schema
+from raymill.actors.incoming import Batch, IsTaken
 from raymill.actors.sources import cut, end_of, named
-from raymill.actors.stream import Batch, IsTaken
 from raymill.runtime.errors import StoreError
 from raymill.runtime.spec import DeltaTable, Source
 

@@ -18,8 +18,8 @@ import orjson
 
 from raymill.actors.contract import arrow_schema
 from raymill.actors.files import File, files_in
+from raymill.actors.incoming import Batch, IsTaken
 from raymill.actors.sources import end_of, named, read_batches
-from raymill.actors.stream import Batch, IsTaken
 from raymill.runtime.errors import ContractError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.spec import Directory, Source

@@ -21,9 +21,9 @@ import orjson
 from raymill.actors.contract import arrow_schema
 from raymill.actors.delta_follow import DeltaFollower
 from raymill.actors.directory import WatchedDirectory
+from raymill.actors.incoming import Batch, IsTaken, Stream
 from raymill.actors.redis_stream import RedisGroup
 from raymill.actors.row_text import json_rows
-from raymill.actors.stream import Batch, IsTaken, Stream
 from raymill.runtime.errors import Conflict, ContractError, RaymillError, SpecError
 from raymill.runtime.messages import Ingested
 from raymill.runtime.spec import DeltaTable, Directory, RedisStream, Source

@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from raymill.actors.stream import Batch
+from raymill.actors.incoming import Batch
 from raymill.runtime.errors import StoreError
 from raymill.runtime.spec import RedisStream, Source
 from raymill.runtime.stores import redis_secrets, shown
