@@ -57,6 +57,8 @@ def kind_of(expr: Expr, dtypes: Mapping[str, str]) -> str:
         if expr.name not in dtypes:
             raise SpecError(f"column {expr.name!r} is not in the source: known are {', '.join(dtypes)}")
         dtype = dtypes[expr.name]
+        if dtype == "media":
+            raise SpecError(f"column {expr.name!r} is media: features are of numbers, strings and timestamps")
         return dtype if dtype in ("string", "timestamp") else "number"
     if isinstance(expr, Constant):
         return "string" if isinstance(expr.value, str) else "number"

@@ -9,6 +9,7 @@ from raymill.actors.rollout import ModelSpec
 from raymill.cluster.environment import MARKET_LABEL
 from raymill.cluster.spec import ClusterConfig, NodeType
 from raymill.runtime.errors import SpecError
+from raymill.runtime.row_functions import check_importable
 from raymill.runtime.spec import Pipeline, Serve
 
 
@@ -62,9 +63,11 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
     """The plan, as JSON values.
 
     Raises:
-        SpecError: the cluster can not hold the pipeline.
+        SpecError: the cluster can not hold the pipeline, or replicas can not import a feature's Python function.
     """
     refuse_local_stores(pipeline)
+    functions = {name: one.expr.functions() for name, one in pipeline.described.items()}
+    check_importable(f for found in functions.values() for f in found)
     train, serve = pipeline.train, pipeline.serve
     if train.media:
         raise SpecError(
@@ -95,6 +98,7 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
         "pipeline": pipeline.name,
         "sources": [s.name for s in pipeline.sources],
         "features": pipeline.feature_hashes,
+        "slow_features": {name: [f.function for f in found] for name, found in functions.items() if found},
         "needs": needs,
         "usd_per_h": usd_per_h,
         "budget_usd_per_day": pipeline.budget.usd_per_day if pipeline.budget else None,

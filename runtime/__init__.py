@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raymill.runtime.client import Client, connect
     from raymill.runtime.errors import RaymillError
-    from raymill.runtime.expressions import col
+    from raymill.runtime.expressions import col, greatest, least, when
+    from raymill.runtime.row_functions import python
     from raymill.runtime.spec import (
         Budget,
         Col,
@@ -35,15 +36,21 @@ _HOME_OF = {
     "connect": "client",
     "RaymillError": "errors",
     "col": "expressions",
+    "greatest": "expressions",
+    "least": "expressions",
+    "python": "row_functions",
+    "when": "expressions",
 } | dict.fromkeys(
     (
-        "Budget", "Col", "Cost", "DeltaTable", "Directory", "Drills", "Feature", "FeatureView", "Label", "Monitor",
-        "OnDemand", "Pipeline", "RedisStream", "Replay", "Serve", "Source", "Stores", "Train",
+        "AddColumn", "Budget", "Col", "Cost", "DeltaTable", "Directory", "Drills", "DropColumn", "Feature",
+        "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline", "RedisStream", "RenameColumn", "Replay", "Serve",
+        "Source", "Stores", "Train", "Widen",
     ),
     "spec",
 )  # fmt: skip
 
 __all__ = [
+    "AddColumn",
     "Budget",
     "Client",
     "Col",
@@ -51,6 +58,7 @@ __all__ = [
     "DeltaTable",
     "Directory",
     "Drills",
+    "DropColumn",
     "Feature",
     "FeatureView",
     "Label",
@@ -59,13 +67,19 @@ __all__ = [
     "Pipeline",
     "RaymillError",
     "RedisStream",
+    "RenameColumn",
     "Replay",
     "Serve",
     "Source",
     "Stores",
     "Train",
+    "Widen",
     "col",
     "connect",
+    "greatest",
+    "least",
+    "python",
+    "when",
 ]
 
 

@@ -32,6 +32,8 @@ def plan(
         sizes = f"{len(made['features'])} features of {len(made['sources'])} sources"
         out.print(Text.assemble((made["pipeline"], "bold"), f": {sizes}"))
         table("features", ["feature", "version"], [[n, h] for n, h in made["features"].items()])
+        for name, functions in made["slow_features"].items():
+            out.print(f"slow: {name} calls {', '.join(functions)} once a row")
         table(
             "needs",
             ["for", "what", "USD/h"],

@@ -148,7 +148,7 @@ def test_what_a_replica_can_not_import_by_name_is_refused_with_the_remedy(functi
 
 
 def test_function_of_a_module_that_only_this_process_finds_is_refused_before_anything_starts() -> None:
-    with pytest.raises(SpecError, match="replicas can not call .*slow_join"):
+    with pytest.raises(SpecError, match=r"replicas can not call .*slow_join"):
         check_importable([GAP])  # `tests` is found from the checkout alone
     installed = python(from_json, col("x"))
     assert isinstance(installed, Python)

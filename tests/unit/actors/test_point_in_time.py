@@ -26,7 +26,7 @@ from tests.unit.actors.slow_join import (
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**40), events=st.integers(0, 40), rows=st.integers(0, 25))
 def test_join_equals_the_slow_reference_on_random_rows(seed: int, events: int, rows: int) -> None:
     dice = random.Random(seed)
@@ -37,7 +37,7 @@ def test_join_equals_the_slow_reference_on_random_rows(seed: int, events: int, r
     np.testing.assert_array_equal(got, slow_join(asked, with_hashes(facts), VIEWS))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**40))
 def test_features_do_not_change_when_rows_become_known_later(seed: int) -> None:
     dice = random.Random(seed)
@@ -50,7 +50,7 @@ def test_features_do_not_change_when_rows_become_known_later(seed: int) -> None:
     assert now.tobytes() == later.tobytes()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**40))
 def test_order_of_rows_and_of_arrival_does_not_matter(seed: int) -> None:
     dice = random.Random(seed)

@@ -20,8 +20,10 @@ from raymill.runtime import (
     Stores,
     Train,
     col,
+    python,
 )
 from raymill.runtime.errors import SpecError
+from raymill.runtime.expressions import duration_us
 
 ROWS = Source("rows", key=["ref"], time="t", schema={"ref": Col("string"), "t": Col("timestamp"), "v": Col("float64")})
 
@@ -48,6 +50,17 @@ def test_the_plan_names_what_is_needed_and_its_price():
     assert plan["usd_per_h"] == pytest.approx(config.head.price_usd_per_h + sum(prices.values()))
     assert plan["hours_within_budget"] == pytest.approx(14 / plan["usd_per_h"])
     assert set(plan["features"]) == {"past.m"}
+    assert plan["slow_features"] == {}
+
+
+def test_the_plan_names_slow_features_and_refuses_functions_that_only_this_process_can_import():
+    def views(function):
+        return [FeatureView("past", ROWS, entity="ref", features={"m": python(function, col("v")).mean("1d")})]
+
+    plan = plan_run(a_pipeline(views=views(duration_us)), load_config())
+    assert plan["slow_features"] == {"past.m": ["raymill.runtime.expressions:duration_us"]}
+    with pytest.raises(SpecError, match="PYTHONPATH before `raymill up`"):
+        plan_run(a_pipeline(views=views(a_pipeline)), load_config())
 
 
 def test_without_spot_every_rank_is_reserved():
