@@ -24,6 +24,8 @@ from raymill.runtime.spec import DeltaTable, Directory, RedisStream, Source
 
 FILE_BATCH_ROWS = 131_072
 """Rows of one batch of a large file; part of the batch's id, so that a retry cuts the file at the same places."""
+MEDIA_BATCH_ROWS = 1024
+"""The same where rows carry media: what is held at once is then some hundred megabytes, not many gigabytes."""
 
 
 def read_rows(source: Source) -> pa.Table:
@@ -47,11 +49,20 @@ def read_rows(source: Source) -> pa.Table:
         rows = read()
     else:
         files = files_in(read.path, read.pattern) if isinstance(read, Directory) else [look(read)]
-        tables = [rows for file in files for rows in read_batches(file, source)]
-        rows = pa.concat_tables(tables) if tables else arrow_schema(source).empty_table()
+        rows = _whole([rows for file in files for rows in read_batches(file, source)], source)
     if not isinstance(rows, pa.Table):
         raise ContractError(f"`read` of source {source.name!r} gave {type(rows).__name__}: return an Arrow table")
     return rows
+
+
+def _whole(tables: list[pa.Table], source: Source) -> pa.Table:
+    try:
+        return pa.concat_tables(tables, promote_options="permissive") if tables else arrow_schema(source).empty_table()
+    except pa.ArrowException as err:
+        raise ContractError(
+            f"files of source {source.name!r} differ in their columns' types and make no one table: {err}; "
+            f"`raymill ingest` takes them file by file"
+        ) from err
 
 
 def between(rows: pa.Table, source: Source, start_at: int | None, end_at: int | None) -> pa.Table:
@@ -69,26 +80,31 @@ def between(rows: pa.Table, source: Source, start_at: int | None, end_at: int | 
 
 
 def read_batches(file: File, source: Source) -> Iterator[pa.Table]:
-    """A Parquet, CSV or Arrow file in tables of `FILE_BATCH_ROWS` (the last may be shorter), in the file's order.
+    """A Parquet, CSV or Arrow file in tables of `batch_rows` (the last may be shorter), in the file's order.
 
     Raises:
         ContractError: the file is missing, damaged, or of another kind.
     """
     try:
-        yield from cut(_record_batches(file, source))
+        yield from cut(_record_batches(file, source), batch_rows(source))
     except (OSError, pa.ArrowInvalid) as err:
         raise ContractError(f"{file.place} for source {source.name!r} can not be read: {err}") from err
 
 
-def cut(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The same rows in tables of `FILE_BATCH_ROWS`; the last may be shorter. Holds about one table at a time."""
+def batch_rows(source: Source) -> int:
+    """Rows of one batch of a file of the source's rows."""
+    return MEDIA_BATCH_ROWS if any(c.dtype == "media" for c in source.schema.values()) else FILE_BATCH_ROWS
+
+
+def cut(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `most`; the last may be shorter. Holds about one table at a time."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
-        while sum(b.num_rows for b in waiting) >= FILE_BATCH_ROWS:
+        while sum(b.num_rows for b in waiting) >= most:
             table = pa.Table.from_batches(waiting)
-            yield table.slice(0, FILE_BATCH_ROWS)
-            waiting = [b for b in table.slice(FILE_BATCH_ROWS).to_batches() if b.num_rows]
+            yield table.slice(0, most)
+            waiting = [b for b in table.slice(most).to_batches() if b.num_rows]
     if waiting:
         yield pa.Table.from_batches(waiting)
 
@@ -121,7 +137,7 @@ def file_batches(path: str | Path, source: Source) -> Iterator[tuple[str, pa.Tab
 def _record_batches(file: File, source: Source) -> Iterator[pa.RecordBatch]:
     if file.kind == "parquet":
         with file.open() as opened:
-            yield from pq.ParquetFile(opened).iter_batches(FILE_BATCH_ROWS)
+            yield from pq.ParquetFile(opened).iter_batches(batch_rows(source))
     elif file.kind == "csv":
         # All text: the contract parses, so that one bad value costs its row and not the file.
         texts = dict.fromkeys(source.schema, pa.string())

@@ -9,7 +9,7 @@ from raymill.actors import sources
 from raymill.actors.contract import arrow_schema
 from raymill.actors.data import DataActor
 from raymill.actors.lake import Lake
-from raymill.actors.sources import between, read_rows
+from raymill.actors.sources import between, file_batches, read_rows
 from raymill.runtime.errors import ContractError
 from raymill.runtime.spec import Col, Source
 
@@ -82,3 +82,19 @@ def test_history_is_what_lies_before_a_moment_and_rows_without_a_time_go_with_it
     assert between(texts, told, 4 * SECOND_US, None)["id"].to_pylist() == ["4"]
     with pytest.raises(ContractError, match="read"):
         read_rows(source())
+
+
+def test_a_file_is_the_same_by_path_and_by_url_and_its_last_batch_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FILE_BATCH_ROWS", 4)
+    path, none = tmp_path / "a.parquet", tmp_path / "none.parquet"
+    pq.write_table(rows(*range(9)), path)
+    pq.write_table(rows(), none)
+    named = [(batch_id, part["id"].to_pylist()) for batch_id, part in file_batches(path, source())]
+    assert [len(part) for _, part in named] == [4, 4, 1]
+    assert [batch_id.endswith("-end") for batch_id, _ in named] == [False, False, True]
+    assert [(b, t["id"].to_pylist()) for b, t in file_batches(path.as_uri(), source())] == named
+    assert [(b[-4:], t.num_rows) for b, t in file_batches(none, source())] == [("-end", 0)]
+    actor = started(tmp_path)
+    assert not actor.has_batch("readings", named[-1][0])
+    actor.ingest_path("readings", path.as_uri())
+    assert actor.has_batch("readings", named[-1][0]) and read_rows(source(read=path.as_uri())).num_rows == 9
