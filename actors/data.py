@@ -69,9 +69,10 @@ class DataActor:
         self._lock = threading.RLock()
 
     def start(self) -> None:
-        """Build the key indexes from the lake."""
+        """Bring the lake's tables to the declared columns, and build the key indexes from them."""
         with self._lock:
             for source in self._sources.values():
+                self._lake.migrate(source)
                 self._known.index(source)
 
     def stop(self) -> None:

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from raymill.runtime.expressions import col, greatest, least, when
     from raymill.runtime.row_functions import python
     from raymill.runtime.spec import (
+        AddColumn,
         Budget,
         Col,
         Cost,
         DeltaTable,
         Directory,
         Drills,
+        DropColumn,
         Feature,
         FeatureView,
         Label,
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
         OnDemand,
         Pipeline,
         RedisStream,
+        RenameColumn,
         Replay,
         Serve,
         Source,
         Stores,
         Train,
+        Widen,
     )
 
 _HOME_OF = {

@@ -14,11 +14,13 @@ from pydantic.dataclasses import dataclass
 
 from raymill.runtime.column_spec import VALUE, Col, DType
 from raymill.runtime.expressions import duration_us
+from raymill.runtime.migrations import AddColumn, DropColumn, RenameColumn, Widen
 from raymill.runtime.source_spec import DeltaTable, Directory, Duration, Name, RedisStream, Source, parents_first
 from raymill.runtime.stores import Stores
 from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
 
 __all__ = [
+    "AddColumn",
     "Budget",
     "Col",
     "Cost",
@@ -26,6 +28,7 @@ __all__ = [
     "DeltaTable",
     "Directory",
     "Drills",
+    "DropColumn",
     "Feature",
     "FeatureView",
     "Label",
@@ -33,11 +36,13 @@ __all__ = [
     "OnDemand",
     "Pipeline",
     "RedisStream",
+    "RenameColumn",
     "Replay",
     "Serve",
     "Source",
     "Stores",
     "Train",
+    "Widen",
     "definitions",
     "described",
 ]
