@@ -20,7 +20,7 @@ from deltalake.exceptions import DeltaError
 
 from raymill.actors.contract import arrow_schema
 from raymill.actors.incoming import Batch, IsTaken
-from raymill.actors.sources import cut, end_of, named
+from raymill.actors.sources import batch_rows, cut, end_of, named
 from raymill.runtime.errors import StoreError
 from raymill.runtime.spec import DeltaTable, Source
 
@@ -120,7 +120,9 @@ class DeltaFollower:
 
     def _batches(self, version: int, files: set[str] | None) -> Iterator[Batch]:
         prefix = self._of(version)
-        tables = cut(_record_batches(Table(self._declared.path, version=version), self._source, files))
+        tables = cut(
+            _record_batches(Table(self._declared.path, version=version), self._source, files), batch_rows(self._source)
+        )
         origin = orjson.dumps({"table": self._declared.path, "version": version}).decode()
         for batch_id, rows in named(prefix, tables, self._source):
             position = (version, batch_id == end_of(prefix))
