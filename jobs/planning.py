@@ -1,4 +1,7 @@
-"""What a run needs and may cost: a value, made from the pipeline and `cluster.toml` alone."""
+"""What a run needs and may cost: a value, made from the pipeline and `cluster.toml`.
+
+Python functions in its features are looked for as a replica would: by a process that starts elsewhere.
+"""
 
 from __future__ import annotations
 

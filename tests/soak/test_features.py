@@ -11,10 +11,35 @@ import pytest
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.online import OnlineReader, OnlineStore
 from raymill.actors.point_in_time import join
+from raymill.runtime.expressions import col, greatest, when
+from raymill.runtime.row_functions import python
+from raymill.runtime.spec import FeatureView, OnDemand
 from tests.unit.actors import slow_join as offline
 from tests.unit.actors import test_online as online
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+
+
+DELAY, LINE = col("delay"), col("line")
+FUNCTION = python(offline.gap, DELAY, LINE, 0.5)
+MORE_VIEWS = [
+    FeatureView(
+        "functions",
+        online.RIDES,
+        entity="stop",
+        max_age="40m",
+        features={
+            "std": DELAY.std("1h"),
+            "soft": DELAY.abs().log1p().std("2h"),
+            "filled": DELAY.fill_null(-1) - LINE.is_null(),
+            "choice": when(DELAY.std("30m") > 2, DELAY.clip(0, 5), greatest(DELAY.min("1h"), -0.5)),
+            "python": FUNCTION,
+            "python_mean": FUNCTION.mean("1h"),
+            "some": LINE.one_of("a", "c").sum("1h"),
+        },
+    ),
+    OnDemand("request", {"function": FUNCTION, "root": (~(DELAY > 1)).fill_null(2).sqrt()}),
+]
 
 
 def test_ten_thousand_random_joins_equal_the_slow_reference() -> None:
@@ -31,7 +56,7 @@ def test_ten_thousand_random_joins_equal_the_slow_reference() -> None:
 
 
 def test_hundred_thousand_replayed_requests_have_the_offline_vectors_bit_for_bit(tmp_path: Path) -> None:
-    plan = FeaturePlan.of_views([*online.VIEWS, *online.NEWEST_VIEWS], online.RIDES)
+    plan = FeaturePlan.of_views([*online.VIEWS, *online.NEWEST_VIEWS, *MORE_VIEWS], online.RIDES)
     store = OnlineStore(tmp_path / "online", plan, keep="12h")
     facts = online.table(online.rides(random.Random(1), 100_000))
     at = online.moments(facts)
