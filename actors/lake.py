@@ -23,7 +23,18 @@ from raymill.actors.lake_cache import PartCache
 from raymill.actors.lake_layout import FEWEST
 from raymill.actors.lake_migrations import migrate
 from raymill.actors.lake_place import Place, as_store_error
-from raymill.actors.lake_upkeep import KEEP_LOG, SORTED_BY, Merged, Vacuumed, compact, parts_of, vacuum
+from raymill.actors.lake_upkeep import (
+    KEEP_LOG,
+    SORTED_BY,
+    Described,
+    Merged,
+    Vacuumed,
+    compact,
+    describe,
+    first_whole,
+    parts_of,
+    vacuum,
+)
 from raymill.actors.parts import Parts
 from raymill.actors.plain_pages import is_plain, writer_properties
 from raymill.runtime.errors import Conflict, ContractError, StoreError
@@ -49,6 +60,7 @@ class Lake:
             root: a folder, or an object store's URL, e.g. `s3://bucket/prefix`; its keys come from the environment.
             cache: where copies of an object store's parts are kept; absent: in RAYMILL_HOME.
         """
+        self.root = str(root)
         self._place = Place(root)
         self._cache = PartCache(cache or current_home().parts)
         self._writers: dict[str, DeltaTable] = {}
@@ -102,6 +114,7 @@ class Lake:
         version: int | None = None,
         columns: Sequence[str] | None = None,
         where: list[tuple[str, str, Any]] | None = None,
+        or_later: bool = False,
     ) -> pa.Table:
         """The rows of a version (the newest if none is named), in no particular order.
 
@@ -110,12 +123,14 @@ class Lake:
             version: what `append` or `version` returned at some time.
             columns: the columns wanted; absent: all.
             where: `(column, operator, value)` triples that must all hold; operators as in pyarrow, `in` included.
+            or_later: where that version was vacuumed, the next one that was not: it has all its rows, and perhaps more.
 
         Raises:
             StoreError: there is no such table or version, or it is damaged.
         """
         with as_store_error(self._place, table, "read"):
-            found = self._place.open(table, version)
+            later = or_later and version is not None
+            found = first_whole(self._place, table, version or 0) if later else self._place.open(table, version)
             return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
 
     def parts(self, table: str, *, version: int | None = None, by: str | None = None) -> Parts:
@@ -164,6 +179,10 @@ class Lake:
     def migrate(self, source: Source) -> int | None:
         """Bring a source's table to its declared columns, as `lake_migrations.migrate`."""
         return migrate(self._place, source)
+
+    def describe(self, table: str) -> Described:
+        """A table in numbers, as `lake_upkeep.describe`."""
+        return describe(self._place, table)
 
     def compact(self, table: str, *, fewest: int = FEWEST) -> Merged | None:
         """Merge small parts in the order of time, as `lake_upkeep.compact`."""

@@ -54,6 +54,24 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """A table as it is now."""
+
+    table: str
+    """Its name."""
+    version: int
+    """The newest."""
+    rows: int
+    """How many."""
+    parts: int
+    """Files that they lie in."""
+    size: int
+    """Bytes of those."""
+    sorted_by: str | None
+    """Column whose order merged parts keep."""
+
+
+@dataclass(frozen=True, slots=True)
 class Vacuumed:
     """What a vacuum removed, or would."""
 
@@ -118,6 +136,33 @@ def vacuum(
         for path in [] if dry_run else doomed:
             files.delete_file(path)
     return Vacuumed(files=doomed, size=sum(stored[p].size for p in doomed), kept=kept)
+
+
+def describe(place: Place, table: str) -> Described:
+    """A table in numbers, from its log alone.
+
+    Raises:
+        StoreError: there is no such table.
+    """
+    with as_store_error(place, table, "look at"):
+        found = place.open(table)
+        parts = parts_of(found)
+        rows, size = sum(p.rows for p in parts), sum(p.size for p in parts)
+        return Described(table, found.version(), rows, len(parts), size, sorted_by(found))
+
+
+def first_whole(place: Place, table: str, version: int) -> DeltaTable:
+    """The version, or if parts of it were vacuumed the first one after it that is whole: it has all rows of it."""
+    there = {f.path for f in place.files(table).get_file_info(FileSelector("", recursive=False))}
+    found = place.open(table, version)
+    if {p.path for p in parts_of(found)} <= there:
+        return found
+    later = [v for v in _versions(place.open(table)) if v.number > version]
+    for number in kept_versions(later, [v.number for v in later], 0):
+        found = place.open(table, number)
+        if {p.path for p in parts_of(found)} <= there:
+            break
+    return found
 
 
 def parts_of(found: DeltaTable) -> list[Part]:

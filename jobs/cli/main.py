@@ -27,6 +27,7 @@ VERBS = {
     "cost": "Node-seconds × price, split over training, serving, idle.",
     "lineage": "From a prediction back to its source rows.",
     "features": "Which there are, who uses them, statistics, freshness, consistency.",
+    "lake": "Tables of the lake: list, compact, vacuum.",
     "report": "Where the newest run's report is.",
     "doctor": "What is wrong with this machine, and the remedy.",
 }
