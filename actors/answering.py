@@ -5,6 +5,7 @@ Invariant: what is answered depends on the call alone, never on the lane it came
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,9 @@ from raymill.actors.asgi import Reply
 from raymill.actors.models import Answer, LoadedModel, Question
 from raymill.actors.oip import Infer
 from raymill.actors.rollout import ModelSpec
-from raymill.runtime.errors import UnknownVersion
+from raymill.runtime.errors import RequestError, UnknownVersion
 
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
 Write = Callable[[Answer], Reply]
 """Writes what a caller gets."""
 
@@ -29,6 +31,14 @@ class Call(Protocol):
     @property
     def model(self) -> str:
         """Name of the model asked."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """For how long an answer is of use; None: the caller goes away when it is not.
+
+        Raises:
+            RequestError: it is no number of seconds.
+        """
 
     def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
         """What is asked, and how to write the answer.
@@ -51,6 +61,16 @@ class HttpCall:
     headers: Mapping[str, str]
     """Names in lower case."""
     body: bytes
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Header `timeout`, as in `Call.timeout_s`."""
+        text = self.headers.get("timeout")
+        if text is None:
+            return None
+        if not _SECONDS.fullmatch(text):
+            raise RequestError(f"header timeout is {text!r}: give seconds, e.g. 0.05")
+        return float(text)
 
     def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
         """As `Call.read`."""

@@ -60,6 +60,7 @@ _CODES = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     GONE: grpc.StatusCode.CANCELLED,
     503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 Context = Any  # grpc.aio.ServicerContext, which has no types
 

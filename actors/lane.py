@@ -7,13 +7,14 @@ than the model does; a longer one in the executor, so that the loop goes on read
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from raymill.actors.batching import Pace, WaitingLine
 from raymill.actors.models import Answer, Question
-from raymill.runtime.errors import RaymillError, Unavailable
+from raymill.runtime.errors import Expired, RaymillError, Unavailable
 
 Ask = Callable[[list[Question]], "list[Answer | RaymillError]"]
 Done = Callable[["Answer | Exception"], None]
@@ -23,10 +24,12 @@ Done = Callable[["Answer | Exception"], None]
 class Ticket:
     """A question in line, and where its answer goes."""
 
-    __slots__ = ("done", "left", "question")
+    __slots__ = ("done", "expires_s", "left", "question")
 
-    def __init__(self, question: Question, done: Done) -> None:
+    def __init__(self, question: Question, done: Done, expires_s: float = math.inf) -> None:
         self.question, self.done = question, done
+        self.expires_s = expires_s
+        """Loop time after which it is answered without being computed."""
         self.left = False
         """Set by a caller who has gone away: what still waits is not computed."""
 
@@ -44,22 +47,26 @@ class Lane:
         self.pace = Pace()
         self._busy = False
 
-    def submit(self, question: Question, done: Done) -> Ticket:
+    def submit(self, question: Question, done: Done, timeout_s: float | None = None) -> Ticket:
         """Stand in line; `done` is called with the answer, not before this returns.
+
+        What waits longer than `timeout_s` is answered with `Expired`.
 
         Raises:
             Overloaded: the line is full.
         """
-        ticket = Ticket(question, done)
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(question, done, math.inf if timeout_s is None else loop.time() + timeout_s)
         self.line.offer(ticket)
         if not self._busy:
             self._busy = True
             # Not at once: whatever the loop reads in this round joins the batch.
-            asyncio.get_running_loop().call_soon(self._next)
+            loop.call_soon(self._next)
         return ticket
 
     def _next(self) -> None:
-        batch = [t for t in self.line.take() if not t.left]
+        now = asyncio.get_running_loop().time()
+        batch = [t for t in self.line.take() if not t.left and not self._expired(t, now)]
         if not batch:
             self._go_on()
             return
@@ -77,6 +84,12 @@ class Lane:
             self._go_on()
             return
         running.add_done_callback(lambda done: self._came_back(batch, done))
+
+    def _expired(self, ticket: Ticket, now: float) -> bool:
+        if now <= ticket.expires_s:
+            return False
+        ticket.done(Expired("the request waited longer than its timeout before the model came free"))
+        return True
 
     def _came_back(self, batch: list[Ticket], running: asyncio.Future[Sequence[Answer | Exception]]) -> None:
         try:

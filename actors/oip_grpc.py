@@ -61,6 +61,10 @@ class GrpcCall:
         """Name of the model asked."""
         return self.request.model_name
 
+    @property
+    def timeout_s(self) -> None:
+        """None: gRPC itself ends a call whose deadline is over."""
+
     def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
         """What is asked, and how to write the answer.
 

@@ -187,7 +187,7 @@ class ServingReplica:
             question, write = call.read(model, time.time_ns() // 1000)
             model.check(question)
             lane = self._lane(call.model, model.spec)
-            return lane.submit(question, partial(_finish, write, done))
+            return lane.submit(question, partial(_finish, write, done), call.timeout_s)
         except Exception as err:  # noqa: BLE001 - edge of the application
             done(_failure(err, call.model))
             return None

@@ -15,6 +15,7 @@
     │   ├── WrongMethod         405
     │   ├── TooSlow             408
     │   └── TooLarge            413
+    ├── Expired                 504  the request's own `timeout` was over before it was computed
     ├── Overloaded              429  the queue is full: come again
     ├── Unavailable             503  the endpoint or actor is not there (yet): come again
     ├── Conflict                409  the state does not allow it (promote what is live, a run that is running)
@@ -148,6 +149,13 @@ class TooSlow(RequestError):
 
     http_status = 408
     remedy = "send the request in one piece"
+
+
+class Expired(RaymillError):
+    """The answer was not there in the time that the request gives (header `timeout`): it was not computed."""
+
+    http_status = 504
+    remedy = "give more time, or send fewer rows"
 
 
 class Overloaded(RaymillError):

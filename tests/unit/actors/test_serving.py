@@ -1,6 +1,7 @@
 """The replica as an ASGI application in this process: routes, versions, batches, errors; no Ray."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -200,6 +201,29 @@ def test_a_full_line_answers_429(run):
 
     statuses = run(test, replace(LIVE, max_queue_rows=100))
     assert set(statuses) == {200, 429}
+
+
+def test_what_waited_longer_than_its_timeout_is_answered_and_not_computed(run):
+    class Slow(Reader):
+        def vectors(self, rows, at):
+            time.sleep(0.1)
+            return super().vectors(rows, at)
+
+    reader = Slow()
+
+    async def test(found, client):
+        async def ask(**headers):
+            return await client.post("/predict/taxi", json={"rows": [ROW] * 2}, headers=headers)
+
+        first = asyncio.create_task(ask())
+        await asyncio.sleep(0.02)
+        late = await asyncio.gather(first, ask(timeout="0.01"), ask(timeout="60"), ask())
+        return late, await ask(timeout="soon")
+
+    answers, wrong = run(test, LIVE, reader=reader)
+    assert [a.status_code for a in answers] == [200, 504, 200, 200]
+    assert answers[1].json()["code"] == "expired" and sum(reader.batches[1:]) == 3 * 2  # the first is the warm-up
+    assert wrong.status_code == 400 and "timeout is 'soon'" in wrong.json()["error"]
 
 
 @pytest.mark.parametrize(
