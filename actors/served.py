@@ -7,7 +7,7 @@ lake is how many batches of each source it held, as the ledger's `rows.appended`
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -70,8 +70,8 @@ def sample(lake: Lake, model: str, span: Span, rows: int = SAMPLE_ROWS) -> pa.Ta
     return found.take(pa.array(first))
 
 
-def request_rows(texts: Iterable[str], plan: FeaturePlan) -> pa.Table:
-    """The columns that the plan's features read, of request rows as they stand in the log.
+def request_rows(texts: Sequence[str], plan: FeaturePlan) -> pa.Table:
+    """The columns that the plan's features read, of request rows as they stand in the log, at least one.
 
     Raises:
         ContractError: a row lacks one of them, or it is of another type.
@@ -80,7 +80,10 @@ def request_rows(texts: Iterable[str], plan: FeaturePlan) -> pa.Table:
     form = ModelSpec(
         name=plan.pipeline, label="", inputs=plan.names, routes=(), columns=columns, required=plan.request_columns
     )
-    return wire.read_json(b'{"rows":[' + ",".join(texts).encode() + b"]}", form, 0).columns
+    parts = (texts[i : i + wire.MAX_REQUEST_ROWS] for i in range(0, len(texts), wire.MAX_REQUEST_ROWS))
+    return pa.concat_tables(
+        wire.read_json(b'{"rows":[' + ",".join(part).encode() + b"]}", form, 0).columns for part in parts
+    )
 
 
 def vectors(x: pa.ChunkedArray, width: int) -> npt.NDArray[np.float32]:
@@ -94,7 +97,8 @@ def events_of(lake: Lake, plan: FeaturePlan, source: str, version: int, last_at:
     time = plan.sources[source].time
     where: list[tuple[str, str, Any]] = [(time, "<=", instant(last_at))]
     where += [(time, ">=", instant(since))] if since is not None else []
-    return lake.read(source, version=version, columns=list(plan.source_columns(source)), where=where)
+    columns = list(plan.source_columns(source))
+    return lake.read(source, version=version, columns=columns, where=where, or_later=True)
 
 
 def reach(plan: FeaturePlan, source: str, first_at: int) -> int | None:
