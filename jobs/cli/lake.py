@@ -38,7 +38,7 @@ def list_tables(tables: Tables = None, as_json: AsJson = False) -> None:
 @lake.command(help="Merge small parts into few, in the order of event time.")
 def compact(tables: Tables = None, as_json: AsJson = False) -> None:
     """Old versions stay as they are until they are vacuumed."""
-    told = []
+    told: list[dict[str, Any]] = []
     with _chosen(tables) as (found, _):
         for at, name in found:
             merged = at.compact(name, fewest=2)
@@ -67,7 +67,7 @@ def vacuum(
         raise Usage(f"--older-than: {err}") from err
     if seconds < 3600:
         raise Usage(f"--older-than {older_than}: at least 1h, so that no reader or writer at work loses its files")
-    told = []
+    told: list[dict[str, Any]] = []
     with _chosen(tables) as (found, pins):
         for at, name in found:
             gone = at.vacuum(name, pins=pins.get(name, set()), older_than_s=seconds, dry_run=dry_run)
