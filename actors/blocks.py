@@ -84,7 +84,7 @@ def _blocks(files: Sequence[File], source: Source, placement: dict[str, Any]) ->
             read,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=TASKS),
+            compute=ray.data.TaskPoolStrategy(size=min(TASKS, len(items))),
             num_cpus=_TASK_CPUS,
             **placement,
         )
