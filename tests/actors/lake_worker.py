@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from itertools import pairwise
@@ -36,8 +37,9 @@ def batch(number: int, generation: int) -> pa.Table:
     return pa.table({"n": n, "t": n.cast(pa.timestamp("us", "UTC")), f"x{generation}": n})
 
 
-def work(root: str, first: int, generation: int, vacuum: bool, told: Connection) -> None:
+def work(root: str, environment: dict[str, str], first: int, generation: int, vacuum: bool, told: Connection) -> None:
     """Migrate, then append batches from number `first` on, telling each that is acknowledged; merge between them."""
+    os.environ |= environment
     lake_module.UPKEEP_EVERY = 8
     dice, lake = random.Random(first), Lake(root)
     told.send("ready")

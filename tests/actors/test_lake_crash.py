@@ -16,14 +16,15 @@ from tests.actors.lake_worker import ROWS, TABLE, batch, source, work
 BATCHES_A_WORKER = 1000
 
 
-def crash(context, root: str, crash_number: int, dice: random.Random) -> set[int]:
+def crash(context, root: str, environment: dict[str, str], crash_number: int, dice: random.Random) -> set[int]:
     """Let one worker (or two, without vacuum) work for a moment and kill them; the batches that were acknowledged."""
     both = crash_number % 3 == 2
     firsts = [(2 * crash_number + w) * BATCHES_A_WORKER for w in range(1 + both)]
     pipes, workers = [], []
     for first in firsts:
         ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(root, first, crash_number // 2, not both, theirs), daemon=True)
+        told = (root, environment, first, crash_number // 2, not both, theirs)
+        worker = context.Process(target=work, args=told, daemon=True)
         worker.start()
         theirs.close()
         pipes.append(ours)
@@ -56,13 +57,13 @@ def assert_whole(lake: Lake, acknowledged: set[int]) -> None:
     assert len(lake.parts(TABLE)) == len(numbers)
 
 
-def kill_often(root: str, crashes: int, seed: int) -> None:
+def kill_often(root: str, crashes: int, seed: int, environment: dict[str, str] | None = None) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.actors.lake_worker"])
     dice, acknowledged = random.Random(seed), {0}
     Lake(root).append(TABLE, batch(0, 0), batch_id="0", by="t")
     for number in range(crashes):
-        done = crash(context, root, number, dice)
+        done = crash(context, root, environment or {}, number, dice)
         acknowledged |= done
         lake = Lake(root)  # as the next process sees it
         assert_whole(lake, acknowledged)
@@ -89,4 +90,4 @@ def test_a_lake_in_a_bucket_is_whole_after_kills(monkeypatch: pytest.MonkeyPatch
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("RAYMILL_HOME", str(tmp_path))
-        kill_often(server.url("killed"), 20, seed=3)
+        kill_often(server.url("killed"), 20, 3, server.environment)
