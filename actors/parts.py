@@ -109,7 +109,7 @@ class Parts(_Columns):
         self._extra = schema
         self._paths = [os.fspath(p) for p in paths]
         self._mapped: dict[int, Bytes] = {}
-        self._places: dict[tuple[int, int, str], tuple[Bytes, int] | None] = {}
+        self._offsets: dict[tuple[int, int, str], int | None] = {}
 
     def __len__(self) -> int:
         return sum(m.num_rows for m in self._metadata)
@@ -164,9 +164,9 @@ class Parts(_Columns):
         self.check(columns)
         found: dict[str, Any] = dict.fromkeys(columns)
         for name in columns:
-            if (plain := self.place(block, name)) is not None:
+            if (offset := self._offset(block, name)) is not None:
                 values = np.empty(block.rows, dtype=np.int64)
-                _copy(plain, values)
+                self._read(block, offset, values)
                 found[name] = _array(values, self._schema.field(name).type)
         missing = [c for c in columns if found[c] is None]
         if missing:
@@ -178,9 +178,12 @@ class Parts(_Columns):
         self.check(columns)
         found: dict[str, Any] = dict.fromkeys(columns)
         for name in columns:
-            if (plain := self.place(block, name)) is not None:
+            if (offset := self._offset(block, name)) is not None:
                 values = np.empty(len(chosen), dtype=np.float64)
-                take_plain(*plain, chosen, block.first, values)
+                if len(chosen) and chosen[-1] - chosen[0] == len(chosen) - 1 and (np.diff(chosen) == 1).all():
+                    self._read(block, offset + 8 * int(chosen[0] - block.first), values)
+                else:
+                    take_plain(self._files(block.origin[0]), offset, chosen, block.first, values)
                 found[name] = _array(values, self._schema.field(name).type)
         missing = [c for c in columns if found[c] is None]
         if missing:
@@ -207,6 +210,17 @@ class Parts(_Columns):
                     whole[name] = pa.chunked_array([c for r in read for c in r.chunks], kind)
         return pa.table(whole)
 
+    def _read(self, block: Block, start: int, into: Any) -> None:
+        """Bytes of a file from `start` on: rows in a row are read, since a mapped file may stay in memory whole."""
+        path = self._paths[block.origin[0]]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                if file.readinto(into.view(np.uint8).data) != into.nbytes:
+                    raise OSError("it ends too early")
+        except OSError as err:
+            raise StoreError(f"could not read stored part {path}: {err}") from err
+
     def kind(self, name: str) -> pa.DataType:
         """Type of a column."""
         return self._schema.field(name).type
@@ -232,20 +246,25 @@ class Parts(_Columns):
 
     def release(self) -> None:
         """Let go of the mapped files, and with them of the memory that their pages take; they are mapped anew."""
-        self._mapped, self._places = {}, {}
+        self._mapped = {}
 
     def place(self, block: Block, name: str) -> tuple[Bytes, int] | None:
-        """The file and the place in it where the column's values lie as they are; None: they must be decoded."""
+        """The mapped file and the place in it where the column's values lie as they are; None: they must be decoded."""
+        offset = self._offset(block, name)
+        return None if offset is None else (self._files(block.origin[0]), offset)
+
+    def _offset(self, block: Block, name: str) -> int | None:
         p, g = block.origin
-        if (p, g, name) not in self._places:
-            group = self._metadata[p].row_group(g)
-            kind = self._schema.field(name).type
+        if (p, g, name) not in self._offsets:
+            kind = self.kind(name)
             column = self._number(p).get(name)
             same = column is not None and self._schemas[p].field(name).type == kind
-            data = self._files(p)
-            offset = plain_offset(group.column(column), data) if is_plain(kind) and same else None
-            self._places[p, g, name] = None if offset is None else (data, offset)
-        return self._places[p, g, name]
+            chunk = self._metadata[p].row_group(g).column(column) if same and is_plain(kind) else None
+            try:
+                self._offsets[p, g, name] = None if chunk is None else plain_offset(chunk, self._paths[p])
+            except OSError as err:
+                raise StoreError(f"could not read stored part {self._paths[p]}: {err}") from err
+        return self._offsets[p, g, name]
 
     def _number(self, part: int) -> dict[str, int]:
         """Column chunks of a file by the name of a flat column."""

@@ -25,6 +25,8 @@ PAGE_ROWS = 1 << 20
 """Rows of a row group; each column of it is one page."""
 
 _WIDTH = 8
+_HEADER = 4096
+"""Bytes in which a page's header ends."""
 _PHYSICAL = ("INT64", "DOUBLE")
 _BYTES = types.Array(uint8, 1, "C", readonly=True)
 _INTS = types.Array(int64, 1, "C", readonly=True)
@@ -55,12 +57,12 @@ def mapped(path: str) -> Bytes:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
-def plain_offset(chunk: Any, data: Bytes) -> int | None:
-    """Where the values of a column chunk begin in the file, None where they must be decoded.
+def plain_offset(chunk: Any, path: str) -> int | None:
+    """Where the values of a column chunk begin in the file at `path`, None where they must be decoded.
 
     Args:
         chunk: pyarrow's metadata of the column chunk.
-        data: the file's bytes.
+        path: the file; only a page's header is read.
     """
     known = chunk.statistics is not None and chunk.statistics.has_null_count and chunk.statistics.null_count == 0
     if not known or chunk.compression != "UNCOMPRESSED" or chunk.physical_type not in _PHYSICAL:
@@ -68,7 +70,9 @@ def plain_offset(chunk: Any, data: Bytes) -> int | None:
     if chunk.dictionary_page_offset is not None or chunk.num_values == 0:
         return None
     end = chunk.data_page_offset + chunk.total_compressed_size
-    header, at = _Thrift(data[chunk.data_page_offset : end]).read()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(chunk.data_page_offset)
+        header, at = _Thrift(file.read(min(_HEADER, chunk.total_compressed_size))).read()
     page = header.get(5)  # a data page of the first version, the one that delta-rs and Arrow write
     if header.get(1) != 0 or not isinstance(page, dict) or page.get(1) != chunk.num_values or page.get(2) != 0:
         return None
@@ -82,8 +86,8 @@ def plain_offset(chunk: Any, data: Bytes) -> int | None:
 class _Thrift:
     """A struct in Thrift's compact protocol, as far as page headers go."""
 
-    def __init__(self, data: Bytes) -> None:
-        self._data = data[:4096].tobytes()
+    def __init__(self, data: bytes) -> None:
+        self._data = data
         self._at = 0
 
     def read(self) -> tuple[dict[int, Any], int]:

@@ -1,78 +1,139 @@
-"""What a stream of rows is here: batches with ids that say what is in them, given again until they are acknowledged.
+"""The point-in-time join for tables larger than memory: slice by slice in time, what later moments need carried along.
 
-The interface is small, so that each carrier keeps its own positions where it keeps them best:
-
-    open()              reach the carrier; wrong addresses are told here
-    next(wait_s)        the next batch, or None if nothing came within that time
-    acknowledge(batch)  the lake holds it: it is never given again
-    close()
-
-Invariants of every `Stream`
-- A batch that was given and not acknowledged is given again, by this process or the one after it, with the same id
-  and the same rows. So whoever takes it in under its id takes it in once, whatever was killed in between.
-- One batch at a time: `next` gives the same one until it was acknowledged. That, with `MAX_ROWS`, bounds what is under
-  way, and what comes faster waits where it came from.
-- An entry that can not become a row is in its batch's `rejected` with the reason, and holds nothing up.
-
-Where the positions are: a Redis group remembers what it has delivered to whom (`redis_stream.py`); of files and
-Delta versions the lake is asked whether it has their last batch (`directory.py`, `delta_follow.py`). Kafka remembers
-no deliveries, but a committed offset carries a text: commit (first offset, text: last offset) before a batch of one
-partition is given, and (last + 1, no text) when it is acknowledged; then a batch can be given again as it was.
+What is held at a time: the events of one slice and the events carried, both once as a table and once as the join lays
+them out; and the slice's answer. The carried ones are those in some window, and one event (or some late ones) an entity
+for newest values without max age: entities, not events, bound them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-IsTaken = Callable[[str], bool]
-"""Batch id → whether the lake has that batch of the source."""
+from raymill.actors.aggregates import BEFORE_ALL
+from raymill.actors.entities import entity_codes
+from raymill.actors.evaluate import Ints, moments
+from raymill.actors.feature_plan import FeaturePlan, SourcePlan, ViewPlan
+from raymill.actors.parts import Block, Parts, Rows
+from raymill.actors.point_in_time import join
+from raymill.actors.slices import Span, cut, keep_needed
+from raymill.actors.windows import NEVER
+from raymill.runtime.errors import ContractError
+
+MEMORY_BYTES = 1 << 30
+"""What a join may take where nothing else is said."""
+_OF_EVENTS, _OF_ROWS = 0.3, 0.2
+"""Shares of it for a slice's events and for its answer; the rest is for what is carried."""
+_STRING_BYTES = 32
+"""What a string is taken for."""
+_LOWEST = int(np.iinfo(np.int64).min)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Rows on their way to the lake."""
+def stream(
+    rows: pa.Table,
+    plan: FeaturePlan,
+    sources: Mapping[str, pa.Table | Parts],
+    *,
+    at: str | Ints,
+    memory_bytes: int = MEMORY_BYTES,
+    workers: int | None = None,
+) -> Iterator[tuple[Ints, npt.NDArray[np.float32]]]:
+    """The answer of `join` in pieces: numbers of rows, and their vectors; every row once, by moment.
 
-    batch_id: str
-    """The same for the same rows, always."""
-    rows: pa.Table
-    """The source's columns, unchecked; may be empty."""
-    rejected: tuple[tuple[str, str], ...] = ()
-    """What can not become rows: (what it was, as JSON; reason)."""
-    origin: str = ""
-    """JSON that stands for the whole batch if it does not fit the source; empty: its rows stand for themselves."""
-    is_live: bool = False
-    """Whether its rows are of now, so that the source's `freshness` is held against the present."""
-    position: Any = None
-    """What the carrier needs to acknowledge it."""
+    Args:
+        rows: as in `join`.
+        plan: as in `join`.
+        sources: as in `join`; parts in the order of time are read once, others' times once a slice.
+        at: as in `join`.
+        memory_bytes: about what it may take beside `rows`; events of one microsecond are never divided.
+        workers: as in `join`.
+
+    Raises:
+        ContractError: as `join`.
+    """
+    moment = moments(rows.column(at), BEFORE_ALL) if isinstance(at, str) else np.ascontiguousarray(at, dtype=np.int64)
+    if not len(moment):
+        return
+    order = np.argsort(moment, kind="stable")
+    asked = moment[order]
+    held = {}
+    for name, source in plan.sources.items():
+        if name not in sources:
+            raise ContractError(f"a view reads source {name!r}, which is not among {list(sources)}")
+        held[name] = _Held(sources[name], source, [v for v in plan.event_views if v.source.name == name], int(asked[0]))
+    most_rows = max(int(memory_bytes * _OF_ROWS / (12 * len(plan.names) + 16 * len(rows.column_names))), 1)
+    spans = [span for h in held.values() for span in h.spans]
+    since = min((h.until for h in held.values()), default=_LOWEST)
+    done = 0
+    for end in cut(asked, spans, since, most_rows, memory_bytes * _OF_EVENTS):
+        tables = {name: h.advance(end) for name, h in held.items()}
+        last = int(np.searchsorted(asked, end, side="right"))
+        for first in range(done, last, most_rows):  # many rows of one moment
+            some = order[first : min(first + most_rows, last)]
+            yield some, join(rows.take(pa.array(some)), plan, tables, at=moment[some], workers=workers)
+        done = last
+        for h in held.values():
+            h.drop(end)
 
 
-class Stream(Protocol):
-    """One source's rows as they come."""
+class _Held:
+    """A source as far as it has been read, and what is still needed of that."""
 
-    def open(self) -> None:
-        """Reach the carrier.
+    def __init__(self, rows: pa.Table | Parts, source: SourcePlan, views: list[ViewPlan], first: int) -> None:
+        self._rows: Rows | Parts = Rows(rows) if isinstance(rows, pa.Table) else rows
+        self._source = source
+        self._views = views
+        self._columns = list(dict.fromkeys(c for v in views for c in v.columns))
+        self._rows.check(self._columns)
+        self._blocks = [(b, *_extremes(self._rows, b, source.time)) for b in self._rows.blocks()]
+        kept = [v.kept_us for v in views]
+        self.until = first - max(kept) - 1 if min(kept) >= 0 else _LOWEST
+        """Event time up to which it has been read."""
+        self._table: pa.Table | None = None
 
-        Raises:
-            StoreError: it can not be reached, or is not there; trying again is safe.
-        """
+    @property
+    def spans(self) -> list[Span]:
+        """Its events, block by block."""
+        operands = max(len(v.operands) for v in self._views)
+        row = sum(_STRING_BYTES if self._source.dtypes[c] == "string" else 8 for c in self._columns)
+        # Twice as a table (as read, and behind what is carried), once as the join lays it out.
+        row = 2 * row + 8 * (4 + 2 * operands)
+        return [Span(low, high, row * b.rows) for b, low, high in self._blocks if low <= high]
 
-    def next(self, wait_s: float) -> Batch | None:
-        """The batch that is to be taken in; None: nothing new came within `wait_s`.
+    def advance(self, until: int) -> pa.Table:
+        """Read on up to this event time: the events that moments up to then can need."""
+        found = [] if self._table is None else [self._table]
+        for block, low, high in self._blocks:
+            if low <= until and high > self.until:
+                time = moments(self._rows.read(block, [self._source.time]).column(0), NEVER)
+                chosen = np.flatnonzero((time > self.until) & (time <= until)) + block.first
+                if len(chosen):
+                    found.append(self._rows.take(block, self._columns, chosen))
+        if isinstance(self._rows, Parts):
+            self._rows.release()
+        self.until = until
+        self._table = pa.concat_tables(found) if found else self._rows.table(self._columns).slice(0, 0)
+        return self._table
 
-        Raises:
-            StoreError: the carrier can not be reached; trying again is safe.
-        """
+    def drop(self, cutoff: int) -> None:
+        """Keep what moments after the cutoff can need."""
+        assert self._table is not None
+        time = moments(self._table.column(self._source.time), NEVER)
+        known = moments(self._table.column(self._source.known_at), NEVER) if self._source.known_at else time
+        keep = np.zeros(len(time), dtype=np.bool_)
+        for view in self._views:
+            codes, _, groups = entity_codes(view, self._table.select(list(view.entity)), self._table.slice(0, 0))
+            keep_needed(np.ascontiguousarray(codes), groups, time, known, cutoff, view.kept_us, keep)
+        self._table = self._table.take(pa.array(np.flatnonzero(keep))).combine_chunks()
 
-    def acknowledge(self, batch: Batch) -> None:
-        """The lake holds the batch.
 
-        Raises:
-            StoreError: the carrier can not be reached; trying again, also with the batch given once more, is safe.
-        """
-
-    def close(self) -> None:
-        """Give connections back; what was not acknowledged stays so."""
+def _extremes(rows: Rows | Parts, block: Block, name: str) -> tuple[int, int]:
+    """First and last event time of a block; without any, the last is the smaller one."""
+    if isinstance(rows, Parts) and (found := rows.extremes(block, name)) is not None:
+        return found
+    time = rows.numbers(block, name)
+    time = time[time != NEVER]
+    return (int(time.min()), int(time.max())) if len(time) else (0, -1)
