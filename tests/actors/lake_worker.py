@@ -1,12 +1,14 @@
-"""A process that works on a lake until it is killed: what it may tell as done is done."""
+"""Processes that work on a lake, some until they are killed: what one tells as done is done."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import time
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 
 import pyarrow as pa
 
@@ -53,3 +55,21 @@ def work(root: str, environment: dict[str, str], first: int, generation: int, va
             lake.compact(TABLE, fewest=2)
         if vacuum and dice.random() < 0.3:  # as if hours had passed: only where nobody else is at work
             lake.vacuum(TABLE, pins=(), older_than_s=0, now_s=time.time() + 2 * 3600)
+
+
+def share(root: str, environment: dict[str, str], own: int, pipe: Connection) -> None:
+    """Once told to, append batches that the other process appends too, between batches of one's own."""
+    os.environ |= environment
+    lake = Lake(root)
+    pipe.send("ready")
+    pipe.recv()
+    for n in range(6):
+        lake.append("numbers", pa.table({"n": [n]}), batch_id=f"shared-{n}")
+        lake.append("numbers", pa.table({"n": [own + n]}), batch_id=f"own-{own}-{n}")
+
+
+def processes() -> BaseContext:
+    """Where processes come from that have all modules loaded, in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from raymill.actors.lake import Lake
 from tests.actors import s3_server
-from tests.actors.lake_worker import ROWS, TABLE, batch, source, work
+from tests.actors.lake_worker import ROWS, TABLE, batch, processes, source, work
 
 BATCHES_A_WORKER = 1000
 
@@ -58,9 +57,7 @@ def assert_whole(lake: Lake, acknowledged: set[int]) -> None:
 
 
 def kill_often(root: str, crashes: int, seed: int, environment: dict[str, str] | None = None) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.actors.lake_worker"])
-    dice, acknowledged = random.Random(seed), {0}
+    context, dice, acknowledged = processes(), random.Random(seed), {0}
     Lake(root).append(TABLE, batch(0, 0), batch_id="0", by="t")
     for number in range(crashes):
         done = crash(context, root, environment or {}, number, dice)
