@@ -33,7 +33,8 @@ def freshness(lake: Lake, online: str | Path, plan: FeaturePlan, at: int) -> dic
 
     Returns:
         `at`; of the lake `sources` [{source, newest_at, age_s}]; of the online store `views` [{view, source, newest_at,
-        age_s, behind_s}], `behind_s` being how much older its newest event is than the lake's. Null: there is none.
+        age_s, behind_s, expired}]: how much older its newest event is than the lake's, and whether it is older than the
+        view's max age, so that every newest value of it is unknown. Null: there is none.
     """
     in_lake = {source: _newest_in_lake(lake, source, found.time, at) for source, found in plan.sources.items()}
     newest = _newest_online(online, plan)
@@ -43,7 +44,8 @@ def freshness(lake: Lake, online: str | Path, plan: FeaturePlan, at: int) -> dic
         lake_at = in_lake[view.source.name]
         behind = None if online_at is None or lake_at is None else max(lake_at - online_at, 0) / SECOND_US
         told = {"view": view.name, "source": view.source.name, "newest_at": online_at, "age_s": _age_s(online_at, at)}
-        views.append({**told, "behind_s": behind})
+        expired = view.max_age_us is not None and (online_at is None or at - online_at > view.max_age_us)
+        views.append({**told, "behind_s": behind, "expired": expired})
     sources = [{"source": s, "newest_at": t, "age_s": _age_s(t, at)} for s, t in in_lake.items()]
     return {"at": at, "sources": sources, "views": views}
 

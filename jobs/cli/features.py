@@ -181,12 +181,12 @@ def freshness(
 
     def human() -> None:
         for one in found:
-            rows = [["lake", s["source"], _day(s["newest_at"]), _age(s["age_s"]), ""] for s in one["sources"]]
-            rows += [
-                ["online", v["view"], _day(v["newest_at"]), _age(v["age_s"]), _age(v["behind_s"])] for v in one["views"]
-            ]
+            rows = [["lake", s["source"], _day(s["newest_at"]), _age(s["age_s"]), "", ""] for s in one["sources"]]
+            for v in one["views"]:
+                late = "all expired" if v["expired"] else ""
+                rows.append(["online", v["view"], _day(v["newest_at"]), _age(v["age_s"]), _age(v["behind_s"]), late])
             title = f"{one['model']} at {_day(one['at'])}"
-            table(title, ["where", "source or view", "newest event", "age", "behind the lake"], rows)
+            table(title, ["where", "source or view", "newest event", "age", "behind the lake", ""], rows)
 
     emit(found, as_json, human)
 

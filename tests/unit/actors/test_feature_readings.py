@@ -8,10 +8,12 @@ from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.feature_readings import FeatureReadings
 from raymill.actors.freshness import freshness
 from raymill.actors.lakes import Lakes
+from raymill.actors.online import OnlineStore
 from raymill.runtime.errors import RequestError, UnknownFeature, UnknownModel
 from raymill.runtime.feature_registration import register
 from raymill.runtime.home import Home
-from tests.unit.actors.served_shop import MINUTE, Shop, pipeline_of, sales
+from raymill.runtime.spec import FeatureView
+from tests.unit.actors.served_shop import MINUTE, SALES, Shop, pipeline_of, sales
 
 
 @pytest.fixture
@@ -61,6 +63,17 @@ def test_freshness_is_the_age_of_the_newest_event_when_the_model_was_last_asked(
     assert told["at"] == 59.5 * MINUTE and told["views"][0]["behind_s"] == 0
     with pytest.raises(UnknownModel):
         readings.freshness({"model": "none"})
+
+
+def test_a_view_whose_newest_event_is_older_than_its_max_age_is_expired(shop):
+    view = FeatureView("price", SALES, entity="shop", features=["price"], max_age="10m")
+    plan = FeaturePlan.of_views([view], SALES, name="aged")
+    store = OnlineStore(Home(shop.home).online, plan)
+    store.ingest("sales", sales(*range(5)))
+    store.close()
+    at = [minute * MINUTE for minute in (14, 15)]
+    told = [freshness(shop.lake, Home(shop.home).online, plan, moment)["views"][0] for moment in at]
+    assert [v["expired"] for v in told] == [False, True]
 
 
 def test_a_store_that_was_never_filled_has_no_newest_event(shop, readings):
