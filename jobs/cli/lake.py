@@ -11,7 +11,7 @@ import typer
 
 from raymill.jobs.cli.output import AsJson, emit, table
 from raymill.jobs.cli.records import open_records
-from raymill.runtime.errors import Usage
+from raymill.runtime.errors import SpecError, Usage
 from raymill.runtime.expressions import duration_us
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def vacuum(
     """A version that a training set's manifest in this home's ledger names is pinned, and so is each younger one."""
     try:
         seconds = duration_us(older_than) / 1e6
-    except ValueError as err:
+    except SpecError as err:
         raise Usage(f"--older-than: {err}") from err
     if seconds < 3600:
         raise Usage(f"--older-than {older_than}: at least 1h, so that no reader or writer at work loses its files")
