@@ -40,7 +40,7 @@ def number(view: ViewPlan, events: Rows | Parts, rows: pa.Table) -> Numbered:
 
     Whole numbers that lie plain in the files and are close together are their own codes: they are not even copied.
     """
-    blocks = list(events.blocks())
+    blocks = [b for b in events.blocks() if b.rows]
     if (span := _span(view, events)) is not None:
         asked = _integers(entity_column(rows, view.entity[0], view.source.dtypes[view.entity[0]]), NEVER)
         codes = [events.numbers(b, view.entity[0]) for b in blocks]
@@ -53,7 +53,7 @@ def _span(view: ViewPlan, events: Rows | Parts) -> tuple[int, int] | None:
     """Smallest and largest entity, where the files say them and they may be taken for dense."""
     if len(view.entity) > 1 or isinstance(events, Rows) or view.entity[0] not in events.column_names:
         return None
-    found = [(events.place(b, view.entity[0]), events.extremes(b, view.entity[0])) for b in events.blocks()]
+    found = [(events.place(b, view.entity[0]), events.extremes(b, view.entity[0])) for b in events.blocks() if b.rows]
     spans = [span for place, span in found if place is not None and span is not None]
     if not spans or len(spans) < len(found):
         return None

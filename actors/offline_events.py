@@ -43,7 +43,7 @@ class Events:
     def __init__(self, rows: pa.Table | Parts, source: SourcePlan, pool: ThreadPoolExecutor, threads: int) -> None:
         self.rows: Rows | Parts = Rows(rows) if isinstance(rows, pa.Table) else rows
         self.source = source
-        self.blocks = list(self.rows.blocks())
+        self.blocks = [b for b in self.rows.blocks() if b.rows]
         self.firsts = list(accumulate((b.rows for b in self.blocks), initial=0))
         if len(self) > MOST:
             raise ContractError(f"{len(self)} rows of source {source.name!r} are too many for one join: use `stream`")
