@@ -76,8 +76,11 @@ def kind_of(expr: Expr, dtypes: Mapping[str, str]) -> str:
     if isinstance(expr, Call):
         return _kind_of_call(expr, dtypes)
     if isinstance(expr, Python):
-        for operand in expr.operands:
-            kind_of(operand, dtypes)
+        kinds = {e: kind_of(e, dtypes) for e in expr.operands}
+        if expr.windows() and any(k == "string" and not isinstance(e, Constant) for e, k in kinds.items()):
+            raise SpecError(
+                f"{expr.function} of windows and a string has no meaning: windows are numbers, of many rows"
+            )
         return "number"
     raise SpecError(f"{expr!r} is no node of a feature expression; known are columns, constants, {AGGREGATES}")
 

@@ -1,8 +1,6 @@
 """A pipeline's features as a value: what is read, what is kept per event, what is computed; JSON both ways, no pickle.
 
-A view's feature is lowered to *operands* (row expressions, evaluated once per source row), *leaves* (an aggregate of an
-operand over a window, or its newest value) and a *finish* (the rest of the tree, over the leaves): in
-`col("a").mean("6h") - col("a").mean("7d")` there are one operand, two leaves and a subtraction.
+A view's features are lowered to operands, leaves and finishes (`lowering.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raymill.actors.aggregates import COUNT, KINDS, NEWEST, SUM
-from raymill.actors.evaluate import Columns, Evaluator, Floats, Ints, kind_of, to_float32
+from raymill.actors.aggregates import COUNT, NEWEST, SUM
+from raymill.actors.evaluate import Columns, Evaluator, Floats, Ints, to_float32
+from raymill.actors.lowering import Lowered, check
 from raymill.runtime.errors import SpecError
 from raymill.runtime.expression_json import from_json
-from raymill.runtime.expressions import Call, Column, Constant, Expr, Python, Window, digest, duration_us
+from raymill.runtime.expressions import Call, Column, Expr, Python, digest, duration_us
 from raymill.runtime.row_functions import resolve
-from raymill.runtime.spec import FeatureView, OnDemand, Pipeline, Source, definitions
+from raymill.runtime.spec import FeatureView, Lookup, OnDemand, Pipeline, Source, definitions
 
 _LAYOUT = 3
 """Number of the record's layout: another one is another place in the online store."""
@@ -77,16 +76,19 @@ class ViewPlan:
     """Whether an entity that was never seen is refused."""
     features: dict[str, Expr]
     """Name → expression."""
+    gives: str | None = None
+    """Of a lookup: the column whose newest value it gives to the row; then its operands are the value's two parts."""
 
     def __post_init__(self) -> None:
         for column in self.entity:
             if self.source.dtypes[column] == "float64":
                 raise SpecError(f"view {self.name!r}: entity column {column!r} is float64, use a string or int64")
-        _check(self.name, self.features, self.source.dtypes)
+        if self.gives is None:
+            check(self.name, self.features, self.source.dtypes)
 
     @cached_property
-    def _lowered(self) -> _Lowered:
-        return _Lowered(self.features.values(), self.max_age_us)
+    def _lowered(self) -> Lowered:
+        return Lowered(self.features.values(), self.max_age_us)
 
     @property
     def operands(self) -> tuple[Expr, ...]:
@@ -115,7 +117,9 @@ class ViewPlan:
 
     @cached_property
     def newest_leaves(self) -> Ints | None:
-        """The leaf of each feature, if all of them are newest values; None: there are windows."""
+        """The leaf of each feature, if all of them are newest values; None: there are windows, or it is a lookup."""
+        if self.gives is not None:
+            return None
         leaves = [int(e.name) for e in self._lowered.finish if isinstance(e, Column)]
         whole = len(leaves) == len(self.features) and bool((self.leaves[:, 0] == NEWEST).all())
         return np.array(leaves, dtype=np.int64) if whole else None
@@ -183,11 +187,18 @@ class FeaturePlan:
     """The label's source: what a request row looks like."""
     views: tuple[ViewPlan | RequestPlan, ...]
     """Its views, in order."""
+    lookups: tuple[ViewPlan, ...] = ()
+    """What gives the row columns that it lacks, each perhaps from columns that one before it gave."""
 
     def __post_init__(self) -> None:
         for view in self.views:
             if isinstance(view, RequestPlan):
-                _check(view.name, view.features, self.row.dtypes)
+                check(view.name, view.features, self.row.dtypes)
+        given = {v.name: v.source.dtypes[v.name] for v in self.lookups}
+        for kept in self.kept_views:
+            wrong = [c for c in kept.entity if given.get(c, kept.source.dtypes[c]) != kept.source.dtypes[c]]
+            if wrong:
+                raise SpecError(f"view {kept.name!r}: source {kept.source.name!r} has {wrong} in another type")
         for function in self.functions:
             resolve(function.function, function.source)
 
@@ -203,7 +214,13 @@ class FeaturePlan:
     @classmethod
     def of_views(cls, views: Sequence[FeatureView | OnDemand], rows: Source, *, name: str = "") -> FeaturePlan:
         """The plan of views for rows of a source, without a pipeline around them."""
-        return cls(name, SourcePlan.of(rows), tuple(_view(v) for v in views))
+        lookups: dict[str, ViewPlan] = {}
+        for view in views:
+            for one in view.lookups if isinstance(view, FeatureView) else ():
+                made = _lookup(one)
+                if lookups.setdefault(one.column, made) != made:
+                    raise SpecError(f"view {view.name!r}: {one.column!r} is looked up another way by a view before it")
+        return cls(name, SourcePlan.of(rows), tuple(_view(v) for v in views), tuple(lookups.values()))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -216,9 +233,14 @@ class FeaturePlan:
         return tuple(v for v in self.views if isinstance(v, ViewPlan))
 
     @cached_property
+    def kept_views(self) -> tuple[ViewPlan, ...]:
+        """What reads events: those views, and the lookups."""
+        return (*self.lookups, *self.event_views)
+
+    @cached_property
     def sources(self) -> dict[str, SourcePlan]:
-        """Sources of the views, by name."""
-        return {v.source.name: v.source for v in self.event_views}
+        """Sources of the views and lookups, by name."""
+        return {v.source.name: v.source for v in self.kept_views}
 
     @cached_property
     def functions(self) -> tuple[Python, ...]:
@@ -229,8 +251,13 @@ class FeaturePlan:
     def request_columns(self) -> tuple[str, ...]:
         """Columns that a request row must carry."""
         found: dict[str, None] = {}
+        given: set[str] = set()
+        for lookup in self.lookups:
+            found |= dict.fromkeys(c for c in lookup.entity if c not in given)
+            given.add(lookup.name)
         for view in self.views:
-            found |= dict.fromkeys(view.entity if isinstance(view, ViewPlan) else _columns(view.features))
+            needed = view.entity if isinstance(view, ViewPlan) else _columns(view.features)
+            found |= dict.fromkeys(c for c in needed if c not in given or not isinstance(view, ViewPlan))
         return tuple(found)
 
     @property
@@ -245,7 +272,7 @@ class FeaturePlan:
 
     def source_columns(self, source: str) -> tuple[str, ...]:
         """Columns of a source that the views need."""
-        return tuple(dict.fromkeys(c for v in self.event_views if v.source.name == source for c in v.columns))
+        return tuple(dict.fromkeys(c for v in self.kept_views if v.source.name == source for c in v.columns))
 
     @cached_property
     def places(self) -> tuple[tuple[ViewPlan | RequestPlan, int], ...]:
@@ -288,6 +315,7 @@ class FeaturePlan:
                 "row": self.row.name,
                 "sources": {n: [list(s.key), s.time, s.known_at, s.dtypes] for n, s in sources.items()},
                 "views": [_view_json(v) for v in self.views],
+                "lookups": [[v.name, v.source.name, list(v.entity), v.max_age_us] for v in self.lookups],
             },
             separators=(",", ":"),
         )
@@ -305,49 +333,14 @@ class FeaturePlan:
                 views.append(ViewPlan(v["name"], sources[v["source"]], tuple(v["entity"]), age, required, features))
             else:
                 views.append(RequestPlan(v["name"], features))
-        return cls(tree["pipeline"], sources[tree["row"]], tuple(views))
-
-
-class _Lowered:
-    """The operands, leaves and finishes of a view's features, each operand and leaf once."""
-
-    def __init__(self, features: Any, max_age_us: int | None) -> None:
-        self.operands: dict[Expr, int] = {}
-        self.leaves: dict[tuple[int, int, int], int] = {}
-        self._age_us = -1 if max_age_us is None else max_age_us
-        self.finish: list[Expr] = [self._lower(e) for e in features]
-
-    def _lower(self, expr: Expr) -> Expr:
-        if isinstance(expr, Constant):
-            return expr
-        if isinstance(expr, Window):
-            return self._leaf(KINDS[expr.aggregate], expr.operand, expr.width_us)
-        if not expr.windows() and not _sees_null(expr):
-            return self._leaf(NEWEST, expr, self._age_us)
-        return expr.over(tuple(self._lower(e) for e in expr.children()))
-
-    def _leaf(self, kind: int, operand: Expr, width_us: int) -> Expr:
-        leaf = (kind, self.operands.setdefault(operand, len(self.operands)), width_us)
-        return Column(str(self.leaves.setdefault(leaf, len(self.leaves))))
-
-
-def _sees_null(expr: Expr) -> bool:
-    """Whether a value that is not known, for whatever reason, can become one that is: then it is worked out last."""
-    return any(isinstance(e, Call) and e.function in ("is_null", "fill_null") for e in expr.walk())
+        lookups = (
+            _looking_up(sources[of], tuple(entity), name, age) for name, of, entity, age in tree.get("lookups", ())
+        )
+        return cls(tree["pipeline"], sources[tree["row"]], tuple(views), tuple(lookups))
 
 
 def _columns(features: Mapping[str, Expr]) -> list[str]:
     return [c for e in features.values() for c in e.columns()]
-
-
-def _check(view: str, features: Mapping[str, Expr], dtypes: Mapping[str, str]) -> None:
-    for name, expr in features.items():
-        try:
-            kind = kind_of(expr, dtypes)
-        except SpecError as err:
-            raise SpecError(f"feature {view}.{name}: {err.message}") from err
-        if kind == "string":
-            raise SpecError(f"feature {view}.{name} is a string: compare it with a constant, e.g. .eq('UA')")
 
 
 def _view(view: FeatureView | OnDemand) -> ViewPlan | RequestPlan:
@@ -356,6 +349,17 @@ def _view(view: FeatureView | OnDemand) -> ViewPlan | RequestPlan:
     age = duration_us(view.max_age) if view.max_age else None
     source = SourcePlan.of(view.source)
     return ViewPlan(view.name, source, view.entity_columns, age, view.required, dict(definitions(view)))
+
+
+def _lookup(lookup: Lookup) -> ViewPlan:
+    age = duration_us(lookup.max_age) if lookup.max_age else None
+    return _looking_up(SourcePlan.of(lookup.source), lookup.entity_columns, lookup.column, age)
+
+
+def _looking_up(source: SourcePlan, entity: tuple[str, ...], column: str, age_us: int | None) -> ViewPlan:
+    kind = source.dtypes[column]
+    parts: dict[str, Expr] = {part: Call(f"{part}_{kind}", (Column(column),)) for part in ("high", "low")}
+    return ViewPlan(column, source, entity, age_us, False, parts, gives=column)
 
 
 def _view_json(view: ViewPlan | RequestPlan) -> dict[str, Any]:

@@ -241,7 +241,7 @@ class FeatureActor:
             columns += [*plan.key, plan.time, *([plan.known_at] if plan.known_at else [])]
             columns += [*self._plan.request_columns, *self._pipeline.label.value.columns()]
         where: list[tuple[str, str, Any]] = [] if end_at is None else [(plan.time, "<", _moment(end_at))]
-        kept = [v.kept_us for v in self._plan.event_views if v.source.name == source]
+        kept = [v.kept_us for v in self._plan.kept_views if v.source.name == source]
         if start_at is not None and min(kept, default=0) >= 0:
             where.append((plan.time, ">=", _moment(start_at - max(kept, default=0))))
         wanted = list(dict.fromkeys([*columns, *media]))

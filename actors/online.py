@@ -28,8 +28,9 @@ import pyarrow as pa
 from raymill.actors.aggregates import BEFORE_ALL
 from raymill.actors.entities import entity_codes, entity_column
 from raymill.actors.environment import as_store_error, clear, fetch, open_environment, place_of, release, told
-from raymill.actors.evaluate import Ints
+from raymill.actors.evaluate import Floats, Ints
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
+from raymill.actors.lookups import key_parts
 from raymill.actors.newest import packed
 from raymill.actors.offline_windows import operands_of
 from raymill.actors.online_reader import OnlineReader
@@ -41,6 +42,7 @@ from raymill.actors.online_records import (
     progress_key,
     progress_of,
     record_key,
+    text_key,
 )
 from raymill.actors.point_in_time import History
 from raymill.actors.redis_store import Overtaken
@@ -107,7 +109,7 @@ class OnlineStore:
 
         def fill(txn: Any) -> None:
             _put_horizon(txn, horizon)
-            for view in self._plan.event_views:
+            for view in self._plan.kept_views:
                 self._clear(txn, view)
             for source, rows in tables.items():
                 history = History.of(rows, self._plan.sources[source])
@@ -118,7 +120,7 @@ class OnlineStore:
     def lake_version(self, source: str) -> int:
         """Version of the lake table up to which every view has all rows; −1: not known to."""
         with as_store_error(self._path), self._environment().begin() as txn:
-            found = [progress_of(txn, v) for v in self._plan.event_views if v.source.name == source]
+            found = [progress_of(txn, v) for v in self._plan.kept_views if v.source.name == source]
         return min((p.lake_version if p else -1 for p in found), default=-1)
 
     def horizon(self) -> int | None:
@@ -145,7 +147,7 @@ class OnlineStore:
         return self._opened
 
     def _enter(self, txn: Any) -> None:
-        for view in self._plan.event_views:
+        for view in self._plan.kept_views:
             if progress_of(txn, view) is None:
                 txn.put(progress_key(view), Progress().to_bytes())
 
@@ -168,7 +170,7 @@ class OnlineStore:
         horizon = _horizon(txn)
         if horizon is not None and happened.max(initial=BEFORE_ALL) >= horizon:
             _put_horizon(txn, int(happened.max()) + 1)
-        for view in self._plan.event_views:
+        for view in self._plan.kept_views:
             if view.source.name != source:
                 continue
             before = progress_of(txn, view) or Progress()
@@ -190,7 +192,7 @@ class OnlineStore:
         codes = np.concatenate([old[0], codes])
         times = (np.concatenate(pair) for pair in zip(old[1:4], (new.time, new.known, new.key_hash), strict=True))
         history = History(*times)
-        operands = np.concatenate([old[4], operands_of(view, rows)], axis=1)
+        operands = np.concatenate([old[4], _operands(txn, view, rows)], axis=1)
         dropped = prune(codes, len(keys), history.time, history.known, cutoff, view.kept_us)
         buffer, starts = history.pack(codes, len(keys), operands)
         data = buffer.view(np.uint8).data
@@ -205,9 +207,19 @@ class OnlineStore:
         return dropped
 
     def _clear(self, txn: Any, view: ViewPlan) -> None:
-        for prefix in (record_key(view, b""), newest_key(view, b"")):
+        for prefix in (record_key(view, b""), newest_key(view, b""), text_key(view, b"")):
             clear(txn, prefix)
         txn.put(progress_key(view), Progress().to_bytes())
+
+
+def _operands(txn: Any, view: ViewPlan, rows: pa.Table) -> Floats:
+    """What is kept of each row; the texts of a lookup are put beside."""
+    if view.gives is None:
+        return operands_of(view, rows)
+    operands, texts = key_parts(view, rows)
+    for code, text in texts.items():
+        txn.put(text_key(view, code), text)
+    return operands
 
 
 def _entities(view: ViewPlan, rows: pa.Table) -> tuple[Ints, list[bytes]]:

@@ -30,8 +30,9 @@ from raymill.actors.environment import (
 )
 from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
+from raymill.actors.lookups import keys_of, with_column
 from raymill.actors.newest import NewestReader, as_leaves
-from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key
+from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key, text_key
 from raymill.actors.redis_store import RedisTransaction
 from raymill.actors.windows import NEVER, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
@@ -93,13 +94,33 @@ class OnlineReader:
         if len(at) != len(rows):
             raise RequestError(f"{len(at)} moments for {len(rows)} rows: give one each")
         request = columns_of(rows, self._plan.request_view_columns, self._plan.row.dtypes)
-        asked = _Asked(self._keys(rows), at, np.argsort(at, kind="stable"), ages)
+        by_moment = np.argsort(at, kind="stable")
+        for lookup in self._plan.lookups:
+            rows = with_column(rows, lookup.name, self._looked_up(lookup, rows, at, by_moment))
+        asked = _Asked(self._keys(rows), at, by_moment, ages)
         with as_store_error(self._path):
             try:
                 leaves = self._leaves(asked, newest=True)
             except _NotWhole:  # all views anew, so that they are of one state of the store
                 leaves = self._leaves(asked, newest=False)
         return self._plan.assemble(request, leaves, len(rows))
+
+    def _looked_up(self, lookup: ViewPlan, rows: pa.Table, at: Ints, by_moment: Ints) -> pa.Array:
+        """The looked-up column of the rows, as of their moments."""
+        columns = [entity_column(rows, c, lookup.source.dtypes[c]).to_pylist() for c in lookup.entity]
+        codes, distinct = _numbered(list(zip(*columns, strict=True)))
+        names = [record_key(lookup, entity_key(key)) for key in distinct]
+        with as_store_error(self._path), self._environment().begin(buffers=True) as txn:
+            fetch(txn, [lookup.progress_name, *names])
+            _check_moments(txn, lookup, int(at.min()) if len(at) else NEVER)
+            leaves = _from_events(txn, lookup, _Asked({}, at, by_moment, None), 0, codes, names)
+
+            def texts(hashes: list[bytes]) -> list[bytes]:
+                wanted = [text_key(lookup, h) for h in hashes]
+                fetch(txn, wanted)
+                return [bytes(txn.get(name)) for name in wanted]
+
+            return keys_of(lookup, leaves, texts)
 
     def _keys(self, rows: pa.Table) -> dict[str, list[tuple[Any, ...]]]:
         """View → entity of each row."""

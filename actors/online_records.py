@@ -63,6 +63,11 @@ def newest_key(view: ViewPlan, entity: bytes) -> bytes:
     return b"n" + view.digest.encode() + entity
 
 
+def text_key(view: ViewPlan, code: bytes) -> bytes:
+    """Name of a string that a lookup's events hold by its hash."""
+    return b"s" + view.digest.encode() + code
+
+
 def progress_key(view: ViewPlan) -> bytes:
     """Name of a view's progress."""
     return view.progress_name

@@ -23,6 +23,7 @@ from raymill.actors.aggregates import BEFORE_ALL
 from raymill.actors.entities import column_of, key_hashes
 from raymill.actors.evaluate import Floats, Ints, columns_of, moments
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan, ViewPlan
+from raymill.actors.lookups import looked_up, with_column
 from raymill.actors.merge import ascending
 from raymill.actors.offline_events import Asked, Events
 from raymill.actors.offline_newest import find_newest, take_newest
@@ -59,22 +60,26 @@ def join(
     if len(moment) != len(rows):
         raise ContractError(f"{len(moment)} moments for {len(rows)} rows: give one each")
     order = np.arange(len(rows)) if ascending(moment) else np.argsort(moment, kind="stable")
-    asked = Asked(rows, moment, order)
     events: dict[str, Events] = {}
     out = np.empty((len(rows), len(plan.names)), dtype=np.float32)
     workers = workers or threads()
     with ThreadPoolExecutor(workers) as pool:
-        for view, first in plan.places:
-            if not isinstance(view, ViewPlan):
-                request = columns_of(rows, plan.request_view_columns, plan.row.dtypes)
-                plan.fill(out, first, view.compute(request, len(rows)))
-                continue
+        for view in plan.kept_views:
             name = view.source.name
             if name not in sources:
                 raise ContractError(f"view {view.name!r} reads source {name!r}, which is not among {list(sources)}")
             if name not in events:
                 events[name] = Events(sources[name], view.source, pool, workers)
-            _fill(view, events[name], asked, plan, out, first)
+        asked = Asked(rows, moment, order)
+        for lookup in plan.lookups:
+            values = looked_up(lookup, events[lookup.source.name], asked)
+            asked = Asked(with_column(asked.rows, lookup.name, values), moment, order)
+        for place, first in plan.places:
+            if isinstance(place, ViewPlan):
+                _fill(place, events[place.source.name], asked, plan, out, first)
+            else:
+                request = columns_of(rows, plan.request_view_columns, plan.row.dtypes)
+                plan.fill(out, first, place.compute(request, len(rows)))
     return out
 
 

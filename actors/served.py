@@ -103,7 +103,7 @@ def events_of(lake: Lake, plan: FeaturePlan, source: str, version: int, last_at:
 
 def reach(plan: FeaturePlan, source: str, first_at: int) -> int | None:
     """Event time before which rows of a source matter to no feature at `first_at` or later; None: all matter."""
-    kept = [v.kept_us for v in plan.event_views if v.source.name == source]
+    kept = [v.kept_us for v in plan.kept_views if v.source.name == source]
     return None if min(kept, default=0) < 0 else first_at - max(kept, default=0)
 
 

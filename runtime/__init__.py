@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Feature,
         FeatureView,
         Label,
+        Lookup,
         Monitor,
         OnDemand,
         Pipeline,
@@ -47,8 +48,8 @@ _HOME_OF = {
 } | dict.fromkeys(
     (
         "AddColumn", "Budget", "Col", "Cost", "DeltaTable", "Directory", "Drills", "DropColumn", "Feature",
-        "FeatureView", "Label", "Monitor", "OnDemand", "Pipeline", "RedisStream", "RenameColumn", "Replay", "Serve",
-        "Source", "Stores", "Train", "Widen",
+        "FeatureView", "Label", "Lookup", "Monitor", "OnDemand", "Pipeline", "RedisStream", "RenameColumn", "Replay",
+        "Serve", "Source", "Stores", "Train", "Widen",
     ),
     "spec",
 )  # fmt: skip
@@ -66,6 +67,7 @@ __all__ = [
     "Feature",
     "FeatureView",
     "Label",
+    "Lookup",
     "Monitor",
     "OnDemand",
     "Pipeline",

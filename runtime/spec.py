@@ -17,7 +17,16 @@ from raymill.runtime.expressions import duration_us
 from raymill.runtime.migrations import AddColumn, DropColumn, RenameColumn, Widen
 from raymill.runtime.source_spec import DeltaTable, Directory, Duration, Name, RedisStream, Source, parents_first
 from raymill.runtime.stores import Stores
-from raymill.runtime.view_spec import Feature, FeatureView, Label, OnDemand, definitions, described, feature_hash
+from raymill.runtime.view_spec import (
+    Feature,
+    FeatureView,
+    Label,
+    Lookup,
+    OnDemand,
+    definitions,
+    described,
+    feature_hash,
+)
 
 __all__ = [
     "AddColumn",
@@ -32,6 +41,7 @@ __all__ = [
     "Feature",
     "FeatureView",
     "Label",
+    "Lookup",
     "Monitor",
     "OnDemand",
     "Pipeline",
@@ -234,7 +244,7 @@ class Pipeline:
             raise ValueError(f"label {self.label.name!r} reads {lost}, which source {self.label.source.name!r} lacks")
         for view in self.views:
             needs = (
-                view.entity_columns
+                view.row_columns
                 if isinstance(view, FeatureView)
                 else tuple(dict.fromkeys(c for e in definitions(view).values() for c in e.columns()))
             )
@@ -275,7 +285,8 @@ class Pipeline:
         found = {self.label.source.name: self.label.source}
         for view in self.views:
             if isinstance(view, FeatureView):
-                found.setdefault(view.source.name, view.source)
+                for source in (view.source, *(k.source for k in view.lookups)):
+                    found.setdefault(source.name, source)
         return tuple(found.values())
 
     @property
@@ -284,7 +295,7 @@ class Pipeline:
         found: dict[str, None] = {}
         for view in self.views:
             for c in (
-                view.entity_columns
+                view.row_columns
                 if isinstance(view, FeatureView)
                 else [c for e in definitions(view).values() for c in e.columns()]
             ):

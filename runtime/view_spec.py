@@ -31,6 +31,37 @@ class Feature:
 
 
 @dataclass(frozen=True, config=VALUE)
+class Lookup:
+    """A column that the label or request row lacks: its newest value known at the row's moment, from a source."""
+
+    source: Source
+    """Where its rows come from."""
+    entity: str | tuple[str, ...] | list[str]
+    """Columns of the source that stand in the label or request row, too, or that a lookup before this one gives."""
+    column: str
+    """Column of the source that is given to the row, a string or int64; the row gets it under this name."""
+    max_age: Duration | None = None
+    """A newest row older than this, in event time, gives null (inclusive)."""
+
+    @property
+    def entity_columns(self) -> tuple[str, ...]:
+        """The entity's columns, in order."""
+        return (self.entity,) if isinstance(self.entity, str) else tuple(self.entity)
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Lookup:
+        schema = self.source.schema
+        lost = [c for c in (*self.entity_columns, self.column) if c not in schema]
+        if lost:
+            raise ValueError(f"lookup of {self.column!r}: columns {lost} are not in source {self.source.name!r}")
+        if schema[self.column].dtype not in ("string", "int64"):
+            raise ValueError(
+                f"lookup of {self.column!r}: an entity is a string or int64, not {schema[self.column].dtype}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=VALUE)
 class FeatureView:
     """Features of an entity, from the rows of one source."""
 
@@ -44,6 +75,9 @@ class FeatureView:
     """Name → expression, or just columns of which the newest known value is wanted."""
     max_age: Duration | None = None
     """Newest values older than this, in event time, count as unknown (inclusive)."""
+    through: Lookup | list[Lookup] | tuple[Lookup, ...] = ()
+    """Lookups, in order, that give the row those of the entity's columns that it lacks: from the order in the row to
+    its customer, and then features of the customer."""
     required: bool = False
     """Whether an entity that was never seen is refused instead of giving nulls."""
     description: str = ""
@@ -65,6 +99,21 @@ class FeatureView:
         """Feature name → expression."""
         return {n: f.expr for n, f in described(self).items()}
 
+    @property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """What it looks up, in order."""
+        return (self.through,) if isinstance(self.through, Lookup) else tuple(self.through)
+
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """Columns that the label or request row must have: the entity's, or those that lookups begin with."""
+        given: set[str] = set()
+        needed: dict[str, None] = {}
+        for lookup in self.lookups:
+            needed |= dict.fromkeys(c for c in lookup.entity_columns if c not in given)
+            given.add(lookup.column)
+        return tuple(needed | dict.fromkeys(c for c in self.entity_columns if c not in given))
+
     @model_validator(mode="after")
     def _columns_exist(self) -> FeatureView:
         for name, expr in self.definitions.items():
@@ -77,6 +126,9 @@ class FeatureView:
         lost = [c for c in self.entity_columns if c not in self.source.schema]
         if lost:
             raise ValueError(f"view {self.name!r}: entity columns {lost} are not in source {self.source.name!r}")
+        for lookup in self.lookups:
+            if lookup.column not in {*self.entity_columns, *(c for o in self.lookups for c in o.entity_columns)}:
+                raise ValueError(f"view {self.name!r}: it looks {lookup.column!r} up, which is no column of an entity")
         return self
 
 
@@ -141,6 +193,10 @@ def feature_hash(view: FeatureView | OnDemand, expr: Expr) -> str:
     """Content hash of a feature's definition: its version."""
     if isinstance(view, OnDemand):
         return digest("on-demand", expr.to_json())
-    source = view.source
-    rows = (source.name, tuple(source.key), source.time, source.known_at)
-    return digest(rows, view.entity_columns, view.max_age, expr.to_json())
+    through = [(_rows(k.source), k.entity_columns, k.column, k.max_age) for k in view.lookups]
+    parts = (_rows(view.source), view.entity_columns, view.max_age, expr.to_json())
+    return digest(*parts, through) if through else digest(*parts)
+
+
+def _rows(source: Source) -> tuple[object, ...]:
+    return source.name, tuple(source.key), source.time, source.known_at

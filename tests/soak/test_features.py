@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from raymill.runtime.expressions import col, greatest, when
 from raymill.runtime.row_functions import python
 from raymill.runtime.spec import FeatureView, OnDemand
 from tests.unit.actors import slow_join as offline
+from tests.unit.actors import test_lookups as lookups
 from tests.unit.actors import test_online as online
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -73,3 +75,9 @@ def test_hundred_thousand_replayed_requests_have_the_offline_vectors_bit_for_bit
         first = end
     ask.close()
     store.close()
+
+
+def test_two_thousand_random_chains_of_lookups_are_the_same_on_both_sides(tmp_path: Path) -> None:
+    for seed in range(2000):
+        lookups.assert_both_sides(seed, tmp_path / str(seed))
+        shutil.rmtree(tmp_path / str(seed))

@@ -19,8 +19,9 @@ from raymill.actors.online import OnlineReader, OnlineStore
 from raymill.actors.point_in_time import join
 from raymill.runtime.errors import SpecError
 from raymill.runtime.expressions import AGGREGATES, col, when
+from raymill.runtime.row_functions import python
 from raymill.runtime.spec import FeatureView
-from tests.unit.actors.slow_join import EVENTS, SECOND, event, table, windows_of
+from tests.unit.actors.slow_join import EVENTS, SECOND, event, gap, table, windows_of
 
 NULL = None
 X = col("x")
@@ -217,6 +218,13 @@ def test_what_is_not_known_is_null_for_whatever_reason_and_fill_null_and_is_null
     ]
 
 
+def test_python_function_gets_the_values_of_a_row_or_is_not_called_where_no_row_is_known() -> None:
+    function = python(gap, X.fill_null(4), col("tag"), 0.5)
+    assert one(function, [event(x=None)], -1, 0, 9 * SECOND, max_age="3s") == [NULL, 1.5, NULL]
+    assert one(function.fill_null(-1), [event(x=None)], -1, 0, 9 * SECOND, max_age="3s") == [-1, 1.5, -1]
+    assert one(python(gap, X.mean("5s"), "b", 2), [event(), event(id="f", x=2.0)], 0, 5 * SECOND) == [1, 0]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -229,6 +237,7 @@ def test_what_is_not_known_is_null_for_whatever_reason_and_fill_null_and_is_null
         lambda: col("tag").fill_null("b").eq("b"),
         lambda: col("happened").log1p(),
         lambda: when(X > 0, col("happened"), X),
+        lambda: python(gap, X.mean("5s"), col("tag"), 2),
     ],
 )
 def test_expressions_without_meaning_are_refused_by_the_features_name(wrong: Callable[[], Any]) -> None:
