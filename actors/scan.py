@@ -210,6 +210,14 @@ def put(values: Floats, rows: Ints, out: npt.NDArray[np.float32], column: int) -
         out[rows[i], column] = value if np.isfinite(value) else _NAN
 
 
+@njit(void(types.Array(float32, 2, "C", readonly=True), _INTS, _INTS, float32[:, ::1]), cache=True, nogil=True)
+def place_rows(values: npt.NDArray[np.float32], rows: Ints, columns: Ints, out: npt.NDArray[np.float32]) -> None:
+    """`out[rows[i], columns[j]] = values[i, j]`."""
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            out[rows[i], columns[j]] = values[i, j]
+
+
 @njit(int64(_STORED, int64), cache=True, nogil=True)
 def first_at_least(values: Ints, value: int) -> int:
     """Number of the first of ascending values that is not smaller; how many there are, if none is."""

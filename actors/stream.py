@@ -63,7 +63,7 @@ def stream(
     for name, source in plan.sources.items():
         if name not in sources:
             raise ContractError(f"a view reads source {name!r}, which is not among {list(sources)}")
-        held[name] = _Held(sources[name], source, [v for v in plan.event_views if v.source.name == name], int(asked[0]))
+        held[name] = _Held(sources[name], source, [v for v in plan.kept_views if v.source.name == name], int(asked[0]))
     most_rows = max(int(memory_bytes * _OF_ROWS / (12 * len(plan.names) + 16 * len(rows.column_names))), 1)
     spans = [span for h in held.values() for span in h.spans]
     since = min((h.until for h in held.values()), default=_LOWEST)
@@ -77,6 +77,16 @@ def stream(
         done = last
         for h in held.values():
             h.drop(end)
+
+
+def working_bytes(plan: FeaturePlan, sources: Mapping[str, pa.Table | Parts]) -> int:
+    """About what `join` takes at once beside what it reads in place: windows are laid out, newest values are not."""
+    taken = 0
+    for view in plan.kept_views:
+        if view.newest_leaves is None and view.source.name in sources:
+            rows = sources[view.source.name]
+            taken = max(taken, len(rows) * 8 * (5 + 2 * len(view.operands)))
+    return taken
 
 
 class _Held:

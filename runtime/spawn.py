@@ -172,6 +172,16 @@ def in_lease(cls: type, lease: Lease, *args: Any, max_concurrency: int = 4) -> A
     )
 
 
+def companion(cls: type, *args: Any, num_cpus: float = 0, max_concurrency: int = 1) -> Any:
+    """Handle of a new unnamed actor, built with `cls(*args)` and `start()`, on whichever node has room.
+
+    It is not detached and never restarted: it dies with the process that asked for it, and its death is the asker's
+    to see.
+    """
+    options = {"max_restarts": 0, "max_concurrency": max_concurrency, "scheduling_strategy": "SPREAD"}
+    return ray.remote(_started(cls)).options(num_cpus=num_cpus, **options).remote(*args)
+
+
 def _started(cls: type) -> type:
     """`cls` whose constructor also calls `start()`: Ray restarts an actor by its constructor alone."""
 
