@@ -17,6 +17,7 @@ from raymill.actors import sketches
 from raymill.actors.entities import column_of, entity_codes
 from raymill.actors.evaluate import Ints, moments
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
+from raymill.actors.point_in_time import with_lookups
 from raymill.actors.windows import NEVER
 
 QUANTILE_ROWS = 20_000
@@ -55,6 +56,7 @@ def unseen_shares(plan: FeaturePlan, events: Mapping[str, pa.Table], rows: pa.Ta
         rows: request rows with the plan's `request_columns`, at least one.
         at: moment of each, µs UTC.
     """
+    rows = with_lookups(rows, plan, events, at)
     return {v.name: float(unseen(v, events[v.source.name], rows, at).mean()) for v in plan.event_views}
 
 

@@ -83,6 +83,17 @@ def join(
     return out
 
 
+def with_lookups(rows: pa.Table, plan: FeaturePlan, sources: Mapping[str, pa.Table | Parts], moment: Ints) -> pa.Table:
+    """The rows with the columns that the plan's lookups give them, as of each one's moment (µs UTC)."""
+    workers = threads()
+    order = np.argsort(moment, kind="stable")
+    with ThreadPoolExecutor(workers) as pool:
+        for lookup in plan.lookups:
+            events = Events(sources[lookup.source.name], lookup.source, pool, workers)
+            rows = with_column(rows, lookup.name, looked_up(lookup, events, Asked(rows, moment, order)))
+    return rows
+
+
 def _fill(
     view: ViewPlan, events: Events, asked: Asked, plan: FeaturePlan, out: npt.NDArray[np.float32], first: int
 ) -> None:

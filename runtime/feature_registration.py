@@ -134,9 +134,12 @@ def _columns(view: FeatureView | OnDemand, expr: Expr, rows: str) -> list[tuple[
     found += [(c, "entity") for c in view.entity_columns]
     found += [(source.time, "time"), *([(source.known_at, "known_at")] if source.known_at else [])]
     found += [(c, "key") for c in source.key]
-    return [(f"{source.name}.{c}", role) for c, role in found] + [
-        (f"{rows}.{c}", "request") for c in view.entity_columns
-    ]
+    named = [(f"{source.name}.{c}", role) for c, role in found]
+    for lookup in view.lookups:
+        of = lookup.source
+        times = [of.time, *([of.known_at] if of.known_at else [])]
+        named += [(f"{of.name}.{c}", "lookup") for c in dict.fromkeys([*lookup.entity_columns, lookup.column, *times])]
+    return named + [(f"{rows}.{c}", "request") for c in view.row_columns]
 
 
 def _written(tree: Any) -> str:

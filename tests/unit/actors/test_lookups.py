@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.feature_statistics import unseen_shares
 from raymill.actors.online import OnlineReader, OnlineStore
 from raymill.actors.point_in_time import join
 from raymill.runtime.errors import ContractError, SpecError
@@ -153,6 +154,16 @@ def test_rebuilt_store_keeps_what_it_looks_up_and_a_row_without_the_column_is_na
         reader.vectors(row.drop(["order"]), np.array([2]))
     reader.close()
     store.close()
+
+
+def test_share_of_rows_without_a_known_entity_counts_what_was_looked_up() -> None:
+    orders = [{"id": "o", "happened": 0, "known": 0, "order": 1, "customer": "ana"}]
+    spent = [{"id": "s", "happened": 1, "known": 1, "customer": "ana", "x": 2.0}]
+    tables = {"orders": table(ORDERS, orders), "spending": table(SPENDING, spent)}
+    rows = table(ASKS, [{"id": f"q{i}", "at": 2, "order": o} for i, o in enumerate((1, 1, 2, None))])
+    plan = FeaturePlan.of_views(VIEWS[:1], ASKS)
+    assert unseen_shares(plan, tables, rows, np.full(4, 2)) == {"spent": 0.5}
+    assert unseen_shares(plan, tables, rows, np.zeros(4, dtype=np.int64)) == {"spent": 1.0}
 
 
 def test_wrong_lookups_are_refused_in_words() -> None:
