@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors import consistency
-from raymill.actors.consistency import Cause, Codes, Consistency, agree, number
+from raymill.actors.consistency import Cause, Codes, Consistency, Vectors, agree, number
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.feature_statistics import describe, unseen_shares
 from raymill.actors.lake import Lake
@@ -50,13 +50,17 @@ class Records(Protocol):
 
 @dataclass(slots=True)
 class _Found:
-    """What a check gathers, group by group."""
+    """What a check gathers, part by part."""
 
+    model: str
+    known: list[tuple[str, Definitions]]
+    """Of every training set of the model: digest of its manifest, and its definitions."""
     cells: dict[str, list[Codes]] = field(default_factory=lambda: defaultdict(list))
     whys: dict[str, str] = field(default_factory=dict)
     mismatched: int = 0
     observed: list[dict[str, Any]] = field(default_factory=list)
     pinned: dict[str, int] = field(default_factory=dict)
+    states_left: list[int] = field(default_factory=lambda: [STATES])
 
 
 class Recompute:
@@ -81,10 +85,9 @@ class Recompute:
             StoreError: the lake can not be read.
         """
         served = sample(self._lake, model, span or Span(), rows)
-        found, states_left = _Found(), [STATES]
-        known = self._definitions(model) if served.num_rows else []
-        for defined, part in self._by_definitions(model, served, known):
-            self._recomputed(model, defined, known, part, found, states_left)
+        found = _Found(model, self._definitions(model) if served.num_rows else [])
+        for defined, part in self._by_definitions(served, found):
+            self._recomputed(defined, part, found)
         at = at_of(served) if served.num_rows else np.zeros(1, np.int64)
         cells = {name: np.concatenate(codes) for name, codes in found.cells.items()}
         findings, alert, reason = consistency.judge(cells, found.whys, served.num_rows, tolerance)
@@ -117,14 +120,12 @@ class Recompute:
             found.append((digest(manifest), Definitions(plan, manifest["feature_hashes"])))
         return found
 
-    def _by_definitions(
-        self, model: str, served: pa.Table, known: list[tuple[str, Definitions]]
-    ) -> Iterator[tuple[Definitions, pa.Table]]:
+    def _by_definitions(self, served: pa.Table, found: _Found) -> Iterator[tuple[Definitions, pa.Table]]:
         """The sample in parts whose versions were trained with the same definitions."""
-        by_manifest = dict(known)
+        by_manifest = dict(found.known)
         parts: dict[int, tuple[Definitions, list[int]]] = {}
         for version in served["version"].unique().to_pylist() if served.num_rows else []:
-            defined = by_manifest.get(self._manifest_digest(model, version), known[-1][1])
+            defined = by_manifest.get(self._manifest_digest(found.model, version), found.known[-1][1])
             parts.setdefault(id(defined.plan), (defined, []))[1].append(version)
         for defined, versions in parts.values():
             yield defined, served.filter(pc.is_in(served["version"], value_set=pa.array(versions, pa.int64())))
@@ -136,15 +137,8 @@ class Recompute:
             return ""
         return "" if manifest is None else digest(asdict(manifest))
 
-    def _recomputed(
-        self,
-        model: str,
-        defined: Definitions,
-        known: list[tuple[str, Definitions]],
-        part: pa.Table,
-        found: _Found,
-        states_left: list[int],
-    ) -> None:
+    def _recomputed(self, defined: Definitions, part: pa.Table, found: _Found) -> None:
+        """Hold a part of the sample against the lake."""
         plan = defined.plan
         fits = pc.equal(pc.list_value_length(part["x"]), len(plan.names))
         strange = part.num_rows - int(pc.sum(fits).as_py() or 0)
@@ -157,21 +151,12 @@ class Recompute:
         found.pinned |= pinned
         there = ServedRows(self._lake, plan, part, pinned)
         now, tables = there.joined(dict(pinned), None)
-        wrong = np.flatnonzero((~agree(there.served, now)).any(axis=1))
-        codes = np.zeros(there.served.shape, np.int8)
-        found.mismatched += len(wrong)
-        if len(wrong):
-            states = LakeStates(self._records.events("rows.appended"), pinned)
-            others = {id(d.plan): d for _, d in known if d.plan is not plan}
-            cells = Mismatches(there, now, states, [defined, *others.values()])
-            for rows, explained, why in cells.explained(wrong, states_left):
-                codes[rows] = explained.codes
-                found.whys = {**why, **found.whys}
+        codes = self._explained(there, now, defined, found)
         for j, name in enumerate(plan.names):
             found.cells[name].append(codes[:, j])
         found.observed.append(
             {
-                "model": model,
+                "model": found.model,
                 "feature_hashes": defined.hashes,
                 "rows": part.num_rows,
                 "start_at": int(there.at.min()),
@@ -180,6 +165,20 @@ class Recompute:
                 "unseen": unseen_shares(plan, tables, there.rows, there.at),
             }
         )
+
+    def _explained(self, there: ServedRows, now: Vectors, defined: Definitions, found: _Found) -> Codes:
+        """The cause of every cell [rows, features] that differs."""
+        codes = np.zeros(there.served.shape, np.int8)
+        wrong = np.flatnonzero((~agree(there.served, now)).any(axis=1))
+        found.mismatched += len(wrong)
+        if len(wrong):
+            states = LakeStates(self._records.events("rows.appended"), there.pinned)
+            others = {id(d.plan): d for _, d in found.known if d.plan is not defined.plan}
+            cells = Mismatches(there, now, states, [defined, *others.values()])
+            for rows, explained, whys in cells.explained(wrong, found.states_left):
+                codes[rows] = explained.codes
+                found.whys = {**whys, **found.whys}
+        return codes
 
     def _note_strange(self, plan: FeaturePlan, rows: int, found: _Found) -> None:
         """Vectors of another width than the version's definitions give: code, in every feature."""
