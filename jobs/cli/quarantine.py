@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
+from raymill.jobs.cli.records import join, running_session
 from raymill.runtime.errors import Usage
 
 if TYPE_CHECKING:
@@ -34,9 +37,7 @@ def list_rows(
     as_json: AsJson = False,
 ) -> None:
     """Counts by source and reason, and the newest rows."""
-    from raymill.jobs.mending import open_desk
-
-    with open_desk(pipeline) as desk:
+    with _desk(pipeline) as desk:
         found = [e for e in desk.rows.quarantine(source=source, reason=reason) if e.state.is_terminal == closed]
     counts = sorted(Counter((e.source, e.reason) for e in found).items())
     shown = [e.document() for e in reversed(found[-limit:])]
@@ -62,9 +63,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One quarantined row, with its columns."""
-    from raymill.jobs.mending import open_desk
-
-    with open_desk(pipeline) as desk:
+    with _desk(pipeline) as desk:
         (found,) = desk.rows.quarantine([entry])
     document = found.document()
 
@@ -87,8 +86,6 @@ def fix(
     as_json: AsJson = False,
 ) -> None:
     """Either the same columns of all named rows, or of each what a file says (`list --json` gives its form)."""
-    from raymill.jobs.mending import open_desk
-
     if bool(set_ or set_file) == bool(file):
         raise Usage("say what to change: either --set column=value, once or more, or --file rows.jsonl")
     if file is not None and (ids or source or reason):
@@ -96,7 +93,7 @@ def fix(
     same: dict[str, Any] = {name: text or None for name, text in _settings(set_ or [])}
     same |= {name: _bytes(path) for name, path in _settings(set_file or [])}
     each = _changes(file) if file else {}
-    with open_desk(pipeline) as desk:
+    with _desk(pipeline) as desk:
         changes = each or dict.fromkeys(_chosen(desk, ids, source, reason), same)
         fixed = desk.rows.fix(changes)
     emit(
@@ -115,9 +112,7 @@ def reingest(
     as_json: AsJson = False,
 ) -> None:
     """What a reingest before this one did not bring to its end comes first."""
-    from raymill.jobs.mending import open_desk
-
-    with open_desk(pipeline) as desk:
+    with _desk(pipeline) as desk:
         landed = desk.reingest(_chosen(desk, ids, source, reason))
     batches = [{"source": d.source, "batch_id": d.batch_id, "accepted": d.accepted} for d in landed]
     still = sum((Counter(d.quarantined) for d in landed), Counter[str]())
@@ -141,11 +136,21 @@ def discard(
     as_json: AsJson = False,
 ) -> None:
     """The rows stay readable; `list --closed` shows them."""
+    with _desk(pipeline) as desk:
+        count = desk.rows.discard(_chosen(desk, ids, source, reason), why)
+    emit({"discarded": count}, as_json, lambda: out.print(f"{count:,} rows are discarded"))
+
+
+@contextmanager
+def _desk(pipeline: str | None) -> Iterator[Desk]:
+    """The desk; a running cluster is joined before anything imports Ray, which reads its token only then."""
+    session = running_session()
+    if session is not None:
+        join(session)
     from raymill.jobs.mending import open_desk
 
     with open_desk(pipeline) as desk:
-        count = desk.rows.discard(_chosen(desk, ids, source, reason), why)
-    emit({"discarded": count}, as_json, lambda: out.print(f"{count:,} rows are discarded"))
+        yield desk
 
 
 def _chosen(desk: Desk, ids: list[str] | None, source: str | None, reason: str | None) -> list[str]:
