@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
 
 from raymill.actors.files import File
 from raymill.actors.sources import named, read_batches
@@ -40,8 +42,6 @@ def block_batches(files: Sequence[File], source: Source, placement: dict[str, An
     Raises:
         ContractError: a file can not be read.
     """
-    from ray.exceptions import RayTaskError
-
     at = 0
     try:
         for number, batches in groupby(_cut_again(_blocks(files, source, placement)), key=lambda batch: batch[0]):
@@ -58,8 +58,6 @@ def block_batches(files: Sequence[File], source: Source, placement: dict[str, An
 
 def _blocks(files: Sequence[File], source: Source, placement: dict[str, Any]) -> Iterator[pa.Table]:
     """The files' batches as Ray Data's blocks, which cut and join them as they like, in order."""
-    import ray
-
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(

@@ -7,19 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
+from raymill.actors.blocks import block_batches
 from raymill.actors.data import DataActor
 from raymill.actors.features import FeatureActor
 from raymill.actors.feed import Feed, is_followed, open_stream, take
 from raymill.actors.files import File, files_in, is_folder, look
 from raymill.actors.lakes import stores_declared
 from raymill.actors.sources import file_batches
+from raymill.cluster.session import Session
 from raymill.jobs import pipeline_file
-from raymill.jobs.cli.records import join, running_session
 from raymill.jobs.planning import refuse_other_host
 from raymill.runtime.errors import ContractError, Usage
 from raymill.runtime.home import current_home
 from raymill.runtime.messages import Ingested
 from raymill.runtime.records import RecordsActor, RemoteRecords
+from raymill.runtime.spawn import Remote, ask, driver_and_head, end, named, on_head, spawn
 from raymill.runtime.spec import DeltaTable, Directory, Pipeline, Source
 
 
@@ -41,16 +45,18 @@ class Intake:
 
 
 @contextmanager
-def open_intake(pipeline: Pipeline) -> Iterator[Intake]:
+def open_intake(pipeline: Pipeline, session: Session | None) -> Iterator[Intake]:
     """The intake of a pipeline; what does not run yet is started, and stays with the cluster.
+
+    Args:
+        pipeline: whose rows come in.
+        session: the cluster that this process has joined; absent: there is none, and the home is worked on here.
 
     Raises:
         StoreError: without a cluster: another process works on the home.
         SpecError: the cluster's head is another host.
     """
-    session = running_session()
     if session is not None:
-        join(session)
         yield _on_cluster(pipeline, str(session.home.root))
         return
     home = current_home()
@@ -70,10 +76,6 @@ def open_intake(pipeline: Pipeline) -> Iterator[Intake]:
 
 
 def _on_cluster(pipeline: Pipeline, home: str) -> Intake:
-    import ray
-
-    from raymill.runtime.spawn import Remote, ask, driver_and_head, named, on_head, spawn
-
     refuse_other_host(*driver_and_head(), home)
     for module in pipeline_file.loaded():
         ray.cloudpickle.register_pickle_by_value(module)
@@ -142,9 +144,6 @@ def _batches(intake: Intake, source: Source, files: list[File]) -> Iterator[tupl
         for file in files:
             yield from file_batches(file.place, source)
         return
-    from raymill.actors.blocks import block_batches
-    from raymill.runtime.spawn import on_head
-
     is_local = any("://" not in file.place for file in files)
     yield from block_batches(files, source, on_head() if is_local else {})
 
@@ -170,8 +169,6 @@ def running_feed(pipeline: Pipeline, intake: Intake) -> Iterator[Any]:
         finally:
             feed.stop()
         return
-    from raymill.runtime.spawn import Remote, ask, end, on_head, spawn
-
     name = f"feed/{pipeline.name}"
     ask(spawn(Feed, pipeline.sources, intake.data, intake.takers, name=name, anew=True, **on_head()).health.remote())
     try:

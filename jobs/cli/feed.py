@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, err, out
+from raymill.jobs.cli.records import joined_session
 from raymill.runtime.errors import Usage
 from raymill.runtime.expressions import duration_us
 
@@ -29,7 +30,6 @@ def feed(
     """Watched folders, Delta tables, Redis streams → lake and online store; each batch once, whatever is killed."""
     from raymill.actors.feed import is_followed, reach
     from raymill.jobs import pipeline_file
-    from raymill.jobs.intake import open_intake
 
     declared = pipeline_file.load(pipeline)
     followed = [s for s in declared.sources if is_followed(s)]
@@ -42,7 +42,10 @@ def feed(
         reach(source)  # a wrong address is told before anything starts
     idle_s = duration_us(idle) / 1e6 if idle else None
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    with open_intake(declared) as intake:
+    session = joined_session()
+    from raymill.jobs.intake import open_intake
+
+    with open_intake(declared, session) as intake:
         document = _run(declared, intake, idle_s)
     emit(document, as_json, lambda: _print(document))
 

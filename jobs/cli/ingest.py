@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, out, progress
+from raymill.jobs.cli.records import joined_session
 from raymill.runtime.errors import Usage
 
 
@@ -22,7 +23,6 @@ def ingest(
 ) -> None:
     """Rows go the way of all rows: contract, quarantine, lake, online store; what is there already is not doubled."""
     from raymill.jobs import pipeline_file
-    from raymill.jobs.intake import open_intake, push
 
     declared = pipeline_file.load(pipeline)
     named = {s.name: s for s in declared.sources}
@@ -37,7 +37,10 @@ def ingest(
         "quarantined": {},
         "lake_version": None,
     }
-    with open_intake(declared) as intake, progress() as bars:
+    session = joined_session()
+    from raymill.jobs.intake import open_intake, push
+
+    with open_intake(declared, session) as intake, progress() as bars:
         task = bars.add_task(source, total=None, note="")
         for done in push(intake, named[source], paths or []):
             _count(document, done)

@@ -51,6 +51,14 @@ def has_records() -> bool:
     return current_home().record.exists() or running_session() is not None
 
 
+def joined_session() -> Session | None:
+    """The cluster to use, with this process connected to it; to be called before anything imports Ray."""
+    found = running_session()
+    if found is not None:
+        join(found)
+    return found
+
+
 @contextmanager
 def open_records() -> Iterator[tuple[Home, Any]]:
     """Home and records; where no cluster runs the database is opened for the time of the block.
