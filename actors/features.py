@@ -26,11 +26,12 @@ from raymill.actors.evaluate import Ints, columns_of, evaluate
 from raymill.actors.feature_plan import FeaturePlan, SourcePlan
 from raymill.actors.feature_statistics import describe
 from raymill.actors.lake import Lake
+from raymill.actors.lake_join import LakeJoin
 from raymill.actors.media import MEDIA
 from raymill.actors.media_files import with_bytes
 from raymill.actors.observed import key_texts
 from raymill.actors.online import KEEP, OnlineReader, OnlineStore
-from raymill.actors.point_in_time import History, join
+from raymill.actors.point_in_time import History
 from raymill.actors.row_refs import shared, table_of
 from raymill.actors.windows import NEVER, warm
 from raymill.runtime.errors import Conflict
@@ -54,6 +55,7 @@ class FeatureActor:
         self._pipeline = pipeline
         self._record = record
         self._lake = Lake(places.lake)
+        self._offline = LakeJoin(self._lake, str(places.lake))
         self._plan = FeaturePlan.of(pipeline)
         self._keep_us = duration_us(keep)
         self._store = OnlineStore(places.online, self._plan, keep=keep)
@@ -70,6 +72,7 @@ class FeatureActor:
 
     def stop(self) -> None:
         """Close the online store; everything taken in is durable."""
+        self._offline.close()
         self._reader.close()
         self._store.close()
 
@@ -166,19 +169,19 @@ class FeatureActor:
         if names - versions.keys():
             raise Conflict(f"sources {sorted(names - versions.keys())} have no rows in the lake yet: ingest them first")
         row, media = self._plan.row.name, self._pipeline.train.media
-        tables = {s: self._read(s, v, start_at, end_at, media if s == row else ()) for s, v in versions.items()}
-        rows, at, y, left_out = self._labelled(tables[row], start_at, end_at, known_until)
+        labels = self._read(row, versions[row], start_at, end_at, media)
+        rows, at, y, left_out = self._labelled(labels, start_at, end_at, known_until)
         if not len(rows):
             raise Conflict(
                 f"no row of {_moment(start_at)} … {_moment(end_at)} has a label that was known at "
                 f"{_moment(known_until)}: ingest more rows, or widen the range"
             )
-        x = join(rows, self._plan, tables, at=at)
+        x = self._offline.join(rows, self._plan, versions, at=at)
         whole = pa.table(
             {
                 "key": pa.array(key_texts(rows, self._pipeline.label.source), pa.string()),
                 "at": pa.array(at).cast(pa.timestamp("us", "UTC")),
-                "x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
+                **_columns(x),
                 "y": pa.array(y.astype(np.float32)),
                 **{c: with_bytes(rows[c].combine_chunks(), c) for c in media},
             }
@@ -234,16 +237,14 @@ class FeatureActor:
         end_at: int | None = None,
         media: tuple[str, ...] = (),
     ) -> pa.Table:
-        """The columns that features and label need, and media, of the rows that can matter to moments in the range."""
+        """The columns that features and label need, and media, of the rows with event time in [start_at, end_at)."""
         plan = self._source(source)
         columns = list(self._plan.source_columns(source))
         if source == self._plan.row.name:
             columns += [*plan.key, plan.time, *([plan.known_at] if plan.known_at else [])]
             columns += [*self._plan.request_columns, *self._pipeline.label.value.columns()]
-        where: list[tuple[str, str, Any]] = [] if end_at is None else [(plan.time, "<", _moment(end_at))]
-        kept = [v.kept_us for v in self._plan.kept_views if v.source.name == source]
-        if start_at is not None and min(kept, default=0) >= 0:
-            where.append((plan.time, ">=", _moment(start_at - max(kept, default=0))))
+        bounds = [(">=", start_at), ("<", end_at)]
+        where = [(plan.time, op, _moment(us)) for op, us in bounds if us is not None]
         wanted = list(dict.fromkeys([*columns, *media]))
         rows = self._lake.read(source, version=version, columns=wanted, where=where or None)
         for name in media:  # Delta knows no large binary, and images soon make more than the 2 GiB of a small one
@@ -260,6 +261,17 @@ class FeatureActor:
     def _tell(self, kind: str, at: int | None, data: dict[str, Any], *, key: str) -> None:
         name = self._pipeline.name
         self._record([Event(kind=kind, subject=name, pipeline=name, at=at, wall_s=time.time(), data=data, key=key)])
+
+
+def _columns(x: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
+    """Vectors as columns: `x`, and the mask `known`, a bit each; ranks read both where they lie."""
+    bits = np.packbits(~np.isnan(x.ravel()), bitorder="little")
+    known = pa.Array.from_buffers(pa.bool_(), x.size, [None, pa.py_buffer(bits)])
+    width = x.shape[1]
+    return {
+        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), width),
+        "known": pa.FixedSizeListArray.from_arrays(known, width),
+    }
 
 
 def _moment(us: int) -> datetime:

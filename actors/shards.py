@@ -6,7 +6,7 @@ Labels go out and answers come back through Ray's object store, both read in pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from raymill.actors.parts import Parts
 from raymill.actors.point_in_time import join
 from raymill.actors.scan import place_rows
 from raymill.actors.sharding import Dispatch, Piece, divide, of_requests, part_of, rows_of
-from raymill.actors.stream import MEMORY_BYTES, stream, working_bytes
+from raymill.actors.stream import MEMORY_BYTES, bounded
 from raymill.runtime.errors import ContractError, Unavailable
 from raymill.runtime.spawn import ask, companion
 
@@ -63,7 +63,7 @@ class Shard:
         part, _ = part_of(whole, piece.views)
         sources = {name: self._parts(name, versions[name], s.time) for name, s in part.sources.items()}
         rows, at = rows.take(pa.array(mine)), at[mine]
-        return mine, in_memory(rows, part, sources, at=at, memory_bytes=self._memory_bytes, workers=self._workers)
+        return mine, bounded(rows, part, sources, at=at, memory_bytes=self._memory_bytes, workers=self._workers)
 
     def _parts(self, table: str, version: int, by: str) -> Parts:
         if (table, version) not in self._opened:
@@ -72,24 +72,6 @@ class Shard:
             }  # the version before is not asked for
             self._opened[table, version] = self._lake.parts(table, version=version, by=by)
         return self._opened[table, version]
-
-
-def in_memory(
-    rows: pa.Table,
-    plan: FeaturePlan,
-    sources: Mapping[str, pa.Table | Parts],
-    *,
-    at: Ints,
-    memory_bytes: int,
-    workers: int | None = None,
-) -> Matrix:
-    """The answer of `join`, at once where it fits the memory, else slice by slice."""
-    if working_bytes(plan, sources) <= memory_bytes:
-        return join(rows, plan, sources, at=at, workers=workers)
-    out = np.empty((len(rows), len(plan.names)), dtype=np.float32)
-    for some, x in stream(rows, plan, sources, at=at, memory_bytes=memory_bytes, workers=workers):
-        out[some] = x
-    return out
 
 
 class FeatureShards:
@@ -107,7 +89,7 @@ class FeatureShards:
             workers: threads of each.
             shard: class of the actors.
         """
-        self._new = lambda: companion(shard, lake, memory_bytes, workers)
+        self._new: Callable[[], Any] = lambda: companion(shard, lake, memory_bytes, workers)
         self._shards = [self._new() for _ in range(count)]
 
     def __len__(self) -> int:

@@ -79,7 +79,25 @@ def stream(
             h.drop(end)
 
 
-def working_bytes(plan: FeaturePlan, sources: Mapping[str, pa.Table | Parts]) -> int:
+def bounded(
+    rows: pa.Table,
+    plan: FeaturePlan,
+    sources: Mapping[str, pa.Table | Parts],
+    *,
+    at: Ints,
+    memory_bytes: int,
+    workers: int | None = None,
+) -> npt.NDArray[np.float32]:
+    """The answer of `join`, at once where it fits the memory, else slice by slice."""
+    if _working_bytes(plan, sources) <= memory_bytes:
+        return join(rows, plan, sources, at=at, workers=workers)
+    out = np.empty((len(rows), len(plan.names)), dtype=np.float32)
+    for some, x in stream(rows, plan, sources, at=at, memory_bytes=memory_bytes, workers=workers):
+        out[some] = x
+    return out
+
+
+def _working_bytes(plan: FeaturePlan, sources: Mapping[str, pa.Table | Parts]) -> int:
     """About what `join` takes at once beside what it reads in place: windows are laid out, newest values are not."""
     taken = 0
     for view in plan.kept_views:

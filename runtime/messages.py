@@ -89,7 +89,8 @@ class TrainingSet:
     manifest: Manifest
     """What it was made of."""
     train_ref: Any
-    """Arrow table: `key` string, `at` timestamp, `x` fixed_size_list<float32>[n] (NaN: unknown), `y` float32."""
+    """Arrow table: `key` string, `at` timestamp, `x` fixed_size_list<float32>[n] (NaN: unknown), `known`
+    fixed_size_list<bool>[n], its mask, `y` float32."""
     evaluate_ref: Any
     """The later slice that is held out, same columns."""
 
