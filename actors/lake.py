@@ -32,6 +32,7 @@ from raymill.actors.lake_upkeep import (
     compact,
     describe,
     first_whole,
+    is_whole,
     parts_of,
     vacuum,
 )
@@ -129,8 +130,9 @@ class Lake:
             StoreError: there is no such table or version, or it is damaged.
         """
         with as_store_error(self._place, table, "read"):
-            later = or_later and version is not None
-            found = first_whole(self._place, table, version or 0) if later else self._place.open(table, version)
+            if or_later and version is not None:
+                version = first_whole(self._place, table, version)
+            found = self._place.open(table, version)
             return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
 
     def parts(self, table: str, *, version: int | None = None, by: str | None = None) -> Parts:
@@ -179,6 +181,11 @@ class Lake:
     def migrate(self, source: Source) -> int | None:
         """Bring a source's table to its declared columns, as `lake_migrations.migrate`."""
         return migrate(self._place, source)
+
+    def is_whole(self, table: str, version: int) -> bool:
+        """Whether a version can be read: none of its files was vacuumed."""
+        with as_store_error(self._place, table, "look at"):
+            return is_whole(self._place, table, version)
 
     def describe(self, table: str) -> Described:
         """A table in numbers, as `lake_upkeep.describe`."""

@@ -3,7 +3,7 @@
 Invariants
 - A part never changes, and its name is never used again: a copy of the same size is the part. Copies come to be by
   rename, so that a half one is never seen; the whole folder may be deleted at any time.
-- The folder stays within its limit but for parts that were asked for in the last minutes.
+- The folder stays within its limit but for parts that were asked for in the last hours.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from raymill.runtime.expressions import digest
 
 LIMIT = 32 << 30
 """Bytes of copies that are kept, where the disk has twice as many."""
-IN_USE_S = 600.0
-"""Copies that were asked for since then are not removed: somebody is about to open them."""
+IN_USE_S = 6 * 3600.0
+"""Copies that were asked for since then are not removed: a join may be reading them, and no join takes longer."""
 _CHUNK = 16 << 20
 _AT_ONCE = 4
 

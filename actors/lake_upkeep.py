@@ -151,18 +151,19 @@ def describe(place: Place, table: str) -> Described:
         return Described(table, found.version(), rows, len(parts), size, sorted_by(found))
 
 
-def first_whole(place: Place, table: str, version: int) -> DeltaTable:
-    """The version, or if parts of it were vacuumed the first one after it that is whole: it has all rows of it."""
+def is_whole(place: Place, table: str, version: int) -> bool:
+    """Whether a version has all its files: none of them was vacuumed."""
     there = {f.path for f in place.files(table).get_file_info(FileSelector("", recursive=False))}
-    found = place.open(table, version)
-    if {p.path for p in parts_of(found)} <= there:
-        return found
+    return {p.path for p in parts_of(place.open(table, version))} <= there
+
+
+def first_whole(place: Place, table: str, version: int) -> int:
+    """The version, or if files of it were vacuumed the first one after it that is whole: it has all rows of it."""
+    if is_whole(place, table, version):
+        return version
     later = [v for v in _versions(place.open(table)) if v.number > version]
-    for number in kept_versions(later, [v.number for v in later], 0):
-        found = place.open(table, number)
-        if {p.path for p in parts_of(found)} <= there:
-            break
-    return found
+    candidates = kept_versions(later, [v.number for v in later], 0)
+    return next((v for v in candidates if is_whole(place, table, v)), version)
 
 
 def parts_of(found: DeltaTable) -> list[Part]:

@@ -46,6 +46,10 @@ class ServedRows:
         self.wall_s = part["wall_s"].to_numpy()
         self.served: Vectors = vectors(part["x"], len(plan.names))
 
+    def has(self, versions: dict[str, int | None]) -> bool:
+        """Whether the lake still has these versions: files of old ones may have been vacuumed."""
+        return all(version is None or self.lake.is_whole(source, version) for source, version in versions.items())
+
     def joined(
         self, versions: dict[str, int | None], chosen: Ints | None, plan: FeaturePlan | None = None
     ) -> tuple[Vectors, dict[str, pa.Table]]:
@@ -79,7 +83,7 @@ class Mismatches:
         state_of = [self._states.at(w) for w in self._there.wall_s[wrong]]
         for state, _ in Counter(state_of).most_common():
             rows = wrong[[s == state for s in state_of]]
-            if states_left[0] <= 0:
+            if states_left[0] <= 0 or not self._there.has(self._states.versions(state)):
                 yield rows, self._unexamined(rows), {}
                 continue
             states_left[0] -= 1
@@ -91,7 +95,7 @@ class Mismatches:
     def _earlier(self, state: tuple[int, ...], rows: Ints, states_left: list[int]) -> Iterator[Vectors]:
         for steps in range(1, LOOK_BACK + 1):
             before = self._states.before(state, steps)
-            if before is None or states_left[0] <= 0:
+            if before is None or states_left[0] <= 0 or not self._there.has(self._states.versions(before)):
                 return
             states_left[0] -= 1
             yield self._there.joined(self._states.versions(before), rows)[0]

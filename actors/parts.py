@@ -95,7 +95,7 @@ class Rows(_Columns):
 
 
 class Parts(_Columns):
-    """Parquet files of one schema, in the order given, or that of a column; once looked at, they may be removed."""
+    """Parquet files of one schema, in the order given, or that of a column."""
 
     def __init__(self, paths: Sequence[str | Path], *, by: str | None = None, schema: pa.Schema | None = None) -> None:
         """Files at these paths.

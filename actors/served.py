@@ -97,8 +97,7 @@ def events_of(lake: Lake, plan: FeaturePlan, source: str, version: int, last_at:
     time = plan.sources[source].time
     where: list[tuple[str, str, Any]] = [(time, "<=", instant(last_at))]
     where += [(time, ">=", instant(since))] if since is not None else []
-    columns = list(plan.source_columns(source))
-    return lake.read(source, version=version, columns=columns, where=where, or_later=True)
+    return lake.read(source, version=version, columns=list(plan.source_columns(source)), where=where)
 
 
 def reach(plan: FeaturePlan, source: str, first_at: int) -> int | None:

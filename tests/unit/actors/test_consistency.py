@@ -90,6 +90,15 @@ def test_a_row_that_came_after_the_answer_is_found_late(shop):
     assert "came after it was served" in finding.why
 
 
+def test_a_state_whose_version_was_vacuumed_is_not_examined_and_nobody_is_accused(shop):
+    shop.serve(sales(*range(40, 60)), shop.train())
+    shop.arrive(sales(58).set_column(0, "sale", pa.array([1000])), "late")
+    assert shop.lake.compact("sales", fewest=2) is not None
+    assert shop.lake.vacuum("sales", pins=(), older_than_s=0, now_s=time.time() + 86_400).files
+    (finding,) = shop.recompute.check("shop").features
+    assert finding.causes == {"unexamined": 1}
+
+
 def test_vectors_of_another_width_are_an_alarm(shop):
     shop.serve(sales(58), shop.train(), x=np.zeros((1, 3), np.float32))
     found = shop.recompute.check("shop")

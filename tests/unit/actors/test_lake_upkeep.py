@@ -174,11 +174,3 @@ def test_vacuum_takes_what_a_killed_merge_left(lake: Lake, tmp_path: Path) -> No
     gone = lake.vacuum("facts", pins=(), older_than_s=0, now_s=time.time() + 2 * HOURS_S)
     assert gone.files == ["part-left.parquet"] and gone.size == 4
     assert sorted_rows(lake)["n"].to_pylist() == list(range(50))
-
-
-def test_parts_that_were_opened_are_read_to_the_end_though_they_are_vacuumed(lake: Lake) -> None:
-    stored = lake.parts("facts", by="t")
-    assert len(stored) == 50
-    lake.compact("facts", fewest=2)
-    assert len(lake.vacuum("facts", pins=(), older_than_s=0, now_s=time.time() + 2 * HOURS_S).files) == 5
-    assert stored.table(["n", "s"]).equals(sorted_rows(lake).select(["n", "s"]))
