@@ -1,7 +1,23 @@
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
-from raymill.runtime import Col, Cost, Feature, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train, col
+from raymill.runtime import (
+    Col,
+    Cost,
+    Feature,
+    FeatureView,
+    Label,
+    Lookup,
+    Monitor,
+    OnDemand,
+    Pipeline,
+    Source,
+    Train,
+    col,
+)
+from raymill.runtime.feature_registration import declaration
 from raymill.runtime.source_spec import parents_first
 
 ROWS = Source(
@@ -65,6 +81,26 @@ def test_what_is_said_of_a_feature_changes_neither_its_hash_nor_its_expression()
     assert told.described["past.last"] == Feature(col("v"), owner="ben", tags=("past",), sensitive=True)
     assert told.described["clock.hour"].sensitive
     assert plain.described["past.mean"] == Feature(mean)
+
+
+def test_a_view_through_a_lookup_needs_the_columns_that_the_lookup_begins_with_and_is_another_version():
+    owners = Source(
+        "owners", key=["ref"], time="t", schema={"ref": Col("string"), "t": Col("timestamp"), "whose": Col("string")}
+    )
+    bills = Source(
+        "bills", key=["ref"], time="t", schema={"ref": Col("string"), "t": Col("timestamp"), "whose": Col("string")}
+    )
+    count = {"n": col("ref").count("1d")}
+    through = Lookup(owners, entity="ref", column="whose")
+    pipeline = a_pipeline(views=[FeatureView("bills", bills, entity="whose", features=count, through=through)])
+    assert pipeline.request_columns == ("ref",)
+    assert [s.name for s in pipeline.sources] == ["rows", "bills", "owners"]
+    aged = FeatureView("bills", bills, entity="whose", features=count, through=replace(through, max_age="1d"))
+    assert a_pipeline(views=[aged]).feature_hashes != pipeline.feature_hashes
+    columns = {tuple(c) for c in declaration(pipeline)["features"][0]["columns"]}
+    assert {("rows.ref", "request"), ("owners.whose", "lookup"), ("bills.whose", "entity")} <= columns
+    with pytest.raises(ValidationError, match="needs \\['whose'\\] of the label's rows"):
+        a_pipeline(views=[FeatureView("bills", bills, entity="whose", features=count)])
 
 
 @pytest.mark.parametrize(
