@@ -88,6 +88,7 @@ class DriftMonitor:
         """Rebuild the window from lake and ledger."""
         lake = Lake(places_of(self._home, self._pipeline.stores).lake)
         source = self._pipeline.label.source
+        lake.migrate(source)  # the data actor does so too, and may come later
         tables = lake.tables()
         with self._lock:
             self._observed, self._segments = self._empty(), set()

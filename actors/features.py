@@ -64,6 +64,8 @@ class FeatureActor:
     def start(self) -> None:
         """Bring the online store to the lake's present versions; in a replay only to where the replay is."""
         warm()
+        for declared in self._pipeline.sources:  # the data actor does so too, and may come later
+            self._lake.migrate(declared)
         horizon = self._store.horizon()
         for source in self._plan.sources:
             version = self._lake.version(source)

@@ -19,11 +19,23 @@ from raymill.actors.features import FeatureActor
 from raymill.actors.lake import Lake
 from raymill.actors.point_in_time import join
 from raymill.jobs import nycflights
-from raymill.runtime.errors import Conflict, RequestError, StoreError
+from raymill.runtime.errors import Conflict, ContractError, RequestError, StoreError
 from raymill.runtime.expressions import col
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested
-from raymill.runtime.spec import Col, Cost, FeatureView, Label, Monitor, OnDemand, Pipeline, Source, Train
+from raymill.runtime.spec import (
+    AddColumn,
+    Col,
+    Cost,
+    FeatureView,
+    Label,
+    Monitor,
+    OnDemand,
+    Pipeline,
+    RenameColumn,
+    Source,
+    Train,
+)
 
 HOUR = 3_600_000_000
 UTC_US = pa.timestamp("us", "UTC")
@@ -239,6 +251,28 @@ def test_a_training_set_is_made_again_bit_for_bit_after_more_rows_merging_and_va
     assert bench.lake.vacuum("trips", pins=(), older_than_s=3600, now_s=in_a_day).files
     with pytest.raises(StoreError):
         bench.actor.training_set(*span, first.manifest.lake_versions)
+
+
+def test_a_column_that_came_by_a_migration_is_a_feature_and_the_old_set_stays_what_it_was(bench: Bench) -> None:
+    bench.arrive("trips", trips(0, 40), "one")
+    pinned = bench.lake.version("trips")
+    before = bench.lake.read("trips", version=pinned).sort_by("trip")
+    bench.actor.stop()
+    steps = [AddColumn("gate"), RenameColumn("delay", "minutes")]
+    schema = {n: c for n, c in TRIPS.schema.items() if n != "delay"} | {
+        "minutes": Col("float64", nullable=True),
+        "gate": Col("int64", nullable=True),
+    }
+    wider = replace(TRIPS, schema=schema, migrations=steps)
+    views = [FeatureView("line", wider, entity="line", features={"m": col("minutes").mean("6h"), "g": col("gate")})]
+    bench.pipeline = pipeline_of([*views, *VIEWS[1:]], wider, col("minutes") > 5)
+    bench.actor = bench.begin()  # before any data actor
+    more = trips(40, 10).rename_columns([*trips(0, 1).column_names[:-1], "minutes"])
+    bench.arrive("trips", more.append_column("gate", pa.array(range(10), pa.int64())), "two")
+    assert_online_is_offline(bench, 46)
+    assert bench.lake.read("trips", version=pinned).sort_by("trip").equals(before)
+    with pytest.raises(ContractError, match="its migrations do not lead there"):
+        FeatureActor(bench.home, PIPELINE, bench.told.extend).start()
 
 
 def test_rebuilt_store_gives_the_same_vectors(bench: Bench) -> None:
