@@ -37,8 +37,8 @@ $(STAMP): requirements.lock pyproject.toml
 bench: install          ## one claim: make bench CLAIM=serving [QUICK=--quick]
 	$(BIN)/python -m benchmarks.$(CLAIM) $(QUICK)
 
-bench-peers:            ## what we measure ourselves against, each in a venv of its own; and wrk
-	command -v wrk > /dev/null || apt-get install --yes wrk
+bench-peers:            ## what we measure ourselves against, each in a venv of its own; wrk and h2load
+	command -v wrk h2load > /dev/null || apt-get install --yes wrk nghttp2-client
 	for peer in benchmarks/peers/*/requirements.txt; do \
 	  venv=$$(dirname $$peer)/.venv; \
 	  test -e $$venv/.installed && test ! $$peer -nt $$venv/.installed && continue; \

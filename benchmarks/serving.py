@@ -5,8 +5,9 @@ load (wrk, one thread). Ours is Serve as `raymill up` sets it up, asked through 
 (limits, books of Serve, request ids, prediction log on disk before each answer): a tensor of one row as JSON to
 `/v2/models/bench/infer`. The peers get the same 30 numbers as JSON and answer the same number: mosec at its own port
 (dynamic batching, orjson), FastAPI on uvicorn (no batching: one worker), Ray Serve as it comes (`@serve.batch`), and
-with HAProxy and throughput mode. All sides stay up, idle, while one is measured. `in_process`: the model called with
-64 rows in a loop by one thread. `--quick`: two repetitions of 2 s each, without 400 clients.
+with HAProxy and throughput mode. `grpc_*`: one row as raw data, sent by h2load, to ours and to Serve's own of both
+kinds. All sides stay up, idle, while one is measured. `in_process`: the model called with 64 rows in a loop by one
+thread. `--quick`: two repetitions of 2 s each, without 400 clients.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,18 +32,39 @@ import numpy as np
 import orjson
 import psutil
 
-from benchmarks import harness
+from benchmarks import grpc_load, harness
 from benchmarks.harness import Figures, Outcome, compare, peer_environment, peer_python
 from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.open_inference_pb2 import ModelInferRequest
 from raymill.actors.rollout import ModelSpec, Role, Route
-from raymill.cluster.environment import haproxy_files, serve_environment
+from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.runtime.home import Home
 
 WIDTH = 30
 TOKEN = "a-token-of-this-benchmark-alone-0123456789"
 FAST_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+BARS = {
+    "rps_c100_vs_mosec": 1.3,
+    "rps_c100_vs_serve_default": 40,
+    "rps_c100_vs_serve_fast": 4,
+    "p50_c1_vs_fastapi": 1,
+    "p50_c1_vs_serve_default": 10,
+    "rows64_vs_in_process": 0.5,
+    "grpc_rps_c100_vs_serve_default": 3,
+    "grpc_rps_c100_vs_serve_fast": 3,
+}
+"""What is claimed."""
 _DURATION_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+@dataclass(frozen=True)
+class Up:
+    """A server that is up."""
+
+    url: str
+    grpc: str = ""
+    """Host and port of its gRPC; empty: it has none."""
 
 
 def trained(path: Path) -> None:
@@ -94,10 +117,27 @@ def measured(url: str, body: Path, clients: tuple[int, ...], seconds: float) -> 
     return found
 
 
-def ours(url: str, folder: Path, clients: tuple[int, ...], seconds: float) -> Figures:
-    """Ours: one row as JSON, and 64 rows as JSON and binary by 8 clients."""
-    at = f"{url}/v2/models/bench/infer"
+def grpc_measured(address: str, body: Path, seconds: float) -> Figures:
+    """One side's gRPC in one repetition: one row, 1 and 100 clients."""
+    found: Figures = {}
+    for c in (1, 100):
+        figures = grpc_load.h2load(address, body, clients=c, seconds=seconds)
+        found |= {f"grpc_{name}_c{c}": value for name, value in figures.items()}
+    return found
+
+
+def serve_measured(up: Up, folder: Path, clients: tuple[int, ...], seconds: float) -> Figures:
+    """Serve as a peer: HTTP and gRPC."""
+    return measured(up.url, folder / "peer.json", clients, seconds) | grpc_measured(
+        up.grpc, folder / "row.grpc", seconds
+    )
+
+
+def ours(up: Up, folder: Path, clients: tuple[int, ...], seconds: float) -> Figures:
+    """Ours: one row as JSON and over gRPC, and 64 rows as JSON and binary by 8 clients."""
+    at = f"{up.url}/v2/models/bench/infer"
     found = measured(at, folder / "row.json", clients, seconds)
+    found |= grpc_measured(up.grpc, folder / "row.grpc", seconds)
     head = (folder / "rows64.bin").read_bytes().index(b"}]}") + 3
     for name, body, headers in (
         ("json", folder / "rows64.json", {"Content-Type": "application/json"}),
@@ -131,6 +171,9 @@ def write_bodies(folder: Path) -> None:
     (folder / "peer.json").write_bytes(orjson.dumps({"data": numbers[0]}))
     (folder / "rows64.json").write_bytes(orjson.dumps({"inputs": [tensor(64, data=numbers)]}))
     parameters = {"parameters": {"binary_data_size": x.nbytes}}
+    request = ModelInferRequest(model_name="bench", raw_input_contents=[x[0].tobytes()])
+    request.inputs.add(name="features", datatype="FP32", shape=[1, WIDTH])
+    grpc_load.write_message(folder / "row.grpc", request.SerializeToString())
     outputs = [{"name": "p", "parameters": {"binary_data": True}}]
     head = orjson.dumps({"outputs": outputs, "inputs": [tensor(64, **parameters)]})
     (folder / "rows64.bin").write_bytes(head + x.tobytes())
@@ -182,26 +225,28 @@ def wait_for(url: str, body: bytes, mark: Path, *, seconds: float = 90) -> None:
 
 
 @contextmanager
-def peer(name: str, folder: Path, **variables: str) -> Iterator[str]:
-    """A peer's server; its URL."""
+def peer(name: str, folder: Path, **variables: str) -> Iterator[Up]:
+    """A peer's server."""
     mark = Path(tempfile.mkdtemp(prefix="rmp"))
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     server = harness.PEERS / name / "server.py"
-    command = [str(peer_python(name)), str(server), str(port), str(folder / "model.ubj")]
+    command = [str(peer_python(name)), str(server), str(port), str(folder / "model.ubj"), str(grpc_port)]
+    if name == "serve":
+        variables["PYTHONPATH"] = f"{server.parent}:{Path(__file__).parents[1] / 'actors'}"
     variables |= _own_haproxy(mark) if name == "serve" else {}
     environment = peer_environment(HOME=str(mark), RAY_TMPDIR=str(mark), RAY_USAGE_STATS_ENABLED="0", **variables)
     url = f"http://127.0.0.1:{port}" + ("/" if name == "serve" else "/inference" if name == "mosec" else "/predict")
     try:
         with process(command, environment, mark):
             wait_for(url, (folder / "peer.json").read_bytes(), mark)
-            yield url
+            yield Up(url, _answering(grpc_port, folder) if name == "serve" else "")
     finally:
         shutil.rmtree(mark, ignore_errors=True)
 
 
 @contextmanager
-def endpoint(folder: Path) -> Iterator[str]:
-    """Ours, on a cluster of its own; the public URL."""
+def endpoint(folder: Path) -> Iterator[Up]:
+    """Ours, on a cluster of its own; its public ports."""
     root = Path(tempfile.mkdtemp(prefix="rmb"))  # short: HAProxy's socket paths end at 107 characters
     ports, home = choose("auto"), Home(root / "home")
     environment = {
@@ -224,13 +269,14 @@ def endpoint(folder: Path) -> Iterator[str]:
                 f"http://127.0.0.1:{ports.dashboard}",
                 home,
                 url=f"http://127.0.0.1:{ports.serve}",
+                serve_options=serve_options(ports),
                 headers=lambda: {"Authorization": f"Bearer {TOKEN}"},
             )
             inputs = tuple(f"f{i}" for i in range(WIDTH))
             route = Route(version=1, digest=digest, role=Role.LIVE)
             found.deploy([ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))], Placement())
             wait_for(f"{found.url}/v2/models/bench/infer", (folder / "row.json").read_bytes(), root)
-            yield found.url
+            yield Up(found.url, _answering(ports.grpc, folder))
             state = httpx.get(f"{found.url}/raymill/replica").json()["fast_lane"]
             if not state["open"]:
                 raise RuntimeError(f"the fast lane was shut: {state['reason']}")
@@ -248,14 +294,18 @@ def body(quick: bool) -> Outcome:
         write_bodies(folder)
         trained(folder / "model.ubj")
         row = folder / "peer.json"
-        urls = {
+        peers = {
             "mosec": up.enter_context(peer("mosec", folder)),
             "fastapi": up.enter_context(peer("fastapi", folder)),
             "serve_default": up.enter_context(peer("serve", folder)),
             "serve_fast": up.enter_context(peer("serve", folder, **FAST_MODE)),
         }
         sides = {"ours": partial(ours, up.enter_context(endpoint(folder)), folder, clients, seconds)}
-        sides |= {name: partial(measured, url, row, clients, seconds) for name, url in urls.items()}
+        for name, found_up in peers.items():
+            if found_up.grpc:
+                sides[name] = partial(serve_measured, found_up, folder, clients, seconds)
+            else:
+                sides[name] = partial(measured, found_up.url, row, clients, seconds)
         sides["in_process"] = partial(in_process, folder / "model.ubj", seconds)
         found = harness.alternate(sides, repetitions)
     outcome = Outcome(found.figures("ours"), {name: found.figures(name) for name in sides if name != "ours"})
@@ -266,10 +316,19 @@ def body(quick: bool) -> Outcome:
     for theirs in ("fastapi", "serve_default", "mosec"):
         ratios = found.ratios("p50_ms_c1", "ours", theirs, smaller_is_better=True)
         compare(outcome, f"p50_c1_vs_{theirs}", ratios)
+    for theirs in ("serve_default", "serve_fast"):
+        compare(outcome, f"grpc_rps_c100_vs_{theirs}", found.ratios("grpc_rps_c100", "ours", theirs))
     binary = found.ratios("rows64_binary_rows_per_s", "ours", "in_process", their_figure="rows64_rows_per_s")
     compare(outcome, "rows64_vs_in_process", binary)
-    outcome.notes = {"seconds_each": seconds, "left_out": "gRPC: the endpoint does not speak it"}
+    outcome.notes = {"seconds_each": seconds, "bars": BARS}
     return outcome
+
+
+def _answering(port: int, folder: Path) -> str:
+    """Host and port of a gRPC server that answers the message which is sent."""
+    address = f"127.0.0.1:{port}"
+    grpc_load.wait_for(address, (folder / "row.grpc").read_bytes()[5:])
+    return address
 
 
 def _own_haproxy(folder: Path) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""The peer Ray Serve as its documentation shows it: one replica, `@serve.batch`; `server.py PORT MODEL DASHBOARD_PORT`.
+"""The peer Ray Serve as its documentation shows it: one replica, `@serve.batch`; `server.py PORT MODEL GRPC_PORT`.
 
-What is told by environment variables (HAProxy, throughput mode) is set by who starts this. Ends when stdin closes.
+Over gRPC it takes the message that we take (`open_inference_pb2`, on PYTHONPATH with this folder). What is told by
+environment variables (HAProxy, throughput mode) is set by who starts this. Ends when stdin closes.
 """
 
 import sys
 
 import numpy as np
+import open_inference_pb2
 import orjson
 import ray
 import xgboost
@@ -27,6 +29,12 @@ class Trees:
         p = self.model.inplace_predict(np.asarray(rows, dtype=np.float32), validate_features=False)
         return p.tolist()
 
+    async def ModelInfer(self, request):
+        row = np.frombuffer(request.raw_input_contents[0], dtype=np.float32)
+        response = open_inference_pb2.ModelInferResponse(model_name="bench")
+        response.raw_output_contents.append(np.float32(await self.predict(row)).tobytes())
+        return response
+
     async def __call__(self, request: Request):
         row = orjson.loads(await request.body())["data"]
         return {"p": await self.predict(row)}
@@ -40,7 +48,11 @@ if __name__ == "__main__":
         object_store_memory=200 << 20,
         log_to_driver=False,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": int(sys.argv[1])},
+        grpc_options={"port": int(sys.argv[3]), "grpc_servicer_functions": ["grpc_method.add_to_server"]},
+        proxy_location="HeadOnly",
+    )
     serve.run(Trees.bind(sys.argv[2]), route_prefix="/")
     print("up", flush=True)
     sys.stdin.read()
