@@ -7,6 +7,7 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -59,6 +60,7 @@ def block_batches(files: Sequence[File], source: Source, placement: dict[str, An
 def _blocks(files: Sequence[File], source: Source, placement: dict[str, Any]) -> Iterator[pa.Table]:
     """The files' batches as Ray Data's blocks, which cut and join them as they like, in order."""
     context = ray.data.DataContext.get_current().copy()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells its plan and progress at every run
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=AHEAD_BYTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +27,6 @@ def ingest(
     named = {s.name: s for s in declared.sources}
     if source not in named:
         raise Usage(f"pipeline {declared.name!r} has no source {source!r}: its sources are {sorted(named)}")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells its plans, here nobody asked
     document: dict[str, Any] = {
         "source": source,
         "batches": 0,

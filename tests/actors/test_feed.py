@@ -43,7 +43,7 @@ UTC = pa.timestamp("us", "UTC")
 
 
 def send(server: RedisServer, first: int, n: int) -> None:
-    """Rides `first` … one by one, a bad one in ten; sent again while the server is away."""
+    """Rides `first` … in one transaction, a bad one in ten."""
     with redis.Redis.from_url(server.url) as client:
         pipe = client.pipeline(transaction=True)
         for i in range(first, first + n):
@@ -71,6 +71,13 @@ def until(holds: Callable[[], bool], limit_s: float = 120) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def is_answering(server: RedisServer) -> bool:
+    """Whether it has read what it keeps."""
+    with suppress(redis.RedisError), redis.Redis.from_url(server.url) as client:
+        return bool(client.ping())
+    return False
 
 
 def is_drained(server: RedisServer, sent: int) -> bool:
@@ -119,6 +126,7 @@ def killed_at_random(folder: Path, kills: int, seed: int) -> None:
                     server.kill()
                     time.sleep(dice.random() * 0.3)
                     server.start()
+                    until(lambda: is_answering(server))
                 else:
                     host.kill()
                     host.start(wait=dice.random() < 0.7)  # else killed while it starts
@@ -133,9 +141,9 @@ def test_a_feed_and_its_redis_that_are_killed_at_random_lose_and_double_nothing(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_feed_and_its_redis_that_are_killed_often_lose_and_double_nothing(tmp_path: Path, seed: int) -> None:
-    killed_at_random(tmp_path, kills=25, seed=seed)
+    killed_at_random(tmp_path, kills=15, seed=seed)
 
 
 @pytest.fixture(scope="module")
