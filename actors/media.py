@@ -92,7 +92,9 @@ def checked(values: pa.Array, name: str, declared: Col) -> tuple[pa.Array, np.nd
         if row is not None:
             fault = _fault_of_url(row, declared) if row["bytes"] is None else _fault_of_bytes(row, declared)
             reasons[i] = f"{fault}:{name}" if fault else ""
-    return pa.array(rows, MEDIA), reasons
+    told = (pa.array([row and row[n] for row in rows], pa.string()) for n in ("media_type", "sha256"))
+    kept = [values.field("bytes"), values.field("url")]  # the bytes themselves are not copied
+    return pa.StructArray.from_arrays([*kept, *told], fields=list(MEDIA), mask=values.is_null()), reasons
 
 
 def _fault_of_url(row: dict[str, Any], declared: Col) -> str:

@@ -179,7 +179,7 @@ class Quarantine:
         Batch id → its entries, all of one source. Only within `turn()`.
         """
         batches: dict[str, list[Entry]] = {}
-        for entry in self.quarantine(state=State.PENDING):
+        for entry in self._pending():
             if entry.source in among:
                 batches.setdefault(entry.landing, []).append(entry)
         for source in sorted({e.source for e in chosen}):
@@ -192,7 +192,7 @@ class Quarantine:
 
     def landing(self, batch_id: str) -> list[Entry]:
         """The entries that a reingest has and has not closed."""
-        return [e for e in self.quarantine(state=State.PENDING) if e.landing == batch_id]
+        return [e for e in self._pending() if e.landing == batch_id]
 
     def tell(self, steps: Sequence[Done]) -> None:
         """Append steps to the log, all or none, once; only within `turn()`."""
@@ -208,6 +208,12 @@ class Quarantine:
         with open(self._lock, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _pending(self) -> list[Entry]:
+        """Entries whose last step was the beginning of a reingest; found by the log, which holds few rows."""
+        log = self._rows(LOG, LOG_SCHEMA, []).select(["id", "number", "step"]).sort_by("number").to_pylist()
+        last = {done["id"]: done["step"] for done in log}
+        return self.quarantine([i for i, step in last.items() if step == Step.BEGUN])
 
     def _keep(self, blobs: Mapping[str, bytes]) -> None:
         """Append the media that are not here yet; bytes that come twice in a race lie here twice and are the same."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from raymill.actors.lakes import Lakes
 from raymill.actors.quarantine import Quarantine
+from raymill.cluster.session import Session
 from raymill.jobs import pipeline_file
-from raymill.jobs.cli.records import open_records, running_session
+from raymill.jobs.cli.records import open_records
 from raymill.jobs.intake import open_intake
 from raymill.runtime.errors import Usage
 from raymill.runtime.messages import Ingested
@@ -53,8 +54,10 @@ class Desk:
 
 
 @contextmanager
-def open_desk(pipeline: str | None) -> Iterator[Desk]:
+def open_desk(pipeline: str | None, session: Session | None) -> Iterator[Desk]:
     """The desk of a pipeline, which is named or given by its file; absent: the running one, else the bare quarantine.
+
+    `session` is the running cluster, joined; None: none runs.
 
     Raises:
         Usage: several pipelines run and none was named, or the named one does not run.
@@ -62,11 +65,11 @@ def open_desk(pipeline: str | None) -> Iterator[Desk]:
         SpecError: the pipeline file is wrong.
     """
     if pipeline is not None and pipeline.endswith(".py"):
-        with open_intake(pipeline_file.load(Path(pipeline))) as intake:
+        with open_intake(pipeline_file.load(Path(pipeline)), session) as intake:
             yield Desk(intake.data, intake.takers)
         return
     with open_records() as (home, records):
-        running = running_desk(pipeline) if running_session() is not None else None
+        running = running_desk(pipeline) if session is not None else None
         if running is None and pipeline is not None:
             raise Usage(f"pipeline {pipeline!r} does not run: give the path of its file, e.g. jobs/flights.py")
         yield running or Desk(Quarantine(Lakes(home, records.events).at(Stores()), home.locks / "quarantine"))

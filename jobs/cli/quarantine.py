@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
-from raymill.jobs.cli.records import join, running_session
+from raymill.jobs.cli.records import joined_session
 from raymill.runtime.errors import Usage
 
 if TYPE_CHECKING:
@@ -144,12 +144,10 @@ def discard(
 @contextmanager
 def _desk(pipeline: str | None) -> Iterator[Desk]:
     """The desk; a running cluster is joined before anything imports Ray, which reads its token only then."""
-    session = running_session()
-    if session is not None:
-        join(session)
+    session = joined_session()
     from raymill.jobs.mending import open_desk
 
-    with open_desk(pipeline) as desk:
+    with open_desk(pipeline, session) as desk:
         yield desk
 
 
