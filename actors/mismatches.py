@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.point_in_time import join
 from raymill.actors.served import LakeStates, at_of, events_of, instant, reach, request_rows, vectors
+from raymill.runtime.errors import SpecError
 
 STATES = 24
 """States of the lake that one check reads, beside the present one, at most."""
@@ -26,13 +28,23 @@ LOOK_BACK = 8
 """Batches of every source by which the online store may have lagged and still be found stale."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Definitions:
     """A pipeline's features as one training set had them."""
 
-    plan: FeaturePlan
+    text: str
+    """The plan as JSON."""
     hashes: dict[str, str]
     """Feature → content hash of its definition."""
+
+    @cached_property
+    def plan(self) -> FeaturePlan:
+        """The plan.
+
+        Raises:
+            SpecError: it calls a Python function that is not here, or is another one here.
+        """
+        return FeaturePlan.from_json(self.text)
 
 
 class ServedRows:
@@ -77,6 +89,7 @@ class Mismatches:
         """The first of `defined` is what must have been served, the others are the pipeline's other definitions."""
         self._there, self._now, self._states = there, now, states
         self._defined, *self._others = defined
+        self._cut_short = False
 
     def explained(self, wrong: Ints, states_left: list[int]) -> Iterator[tuple[Ints, Explained, dict[str, str]]]:
         """(rows, their cells, feature → one mismatch in words), the rows that were served in one state together."""
@@ -87,15 +100,21 @@ class Mismatches:
                 yield rows, self._unexamined(rows), {}
                 continue
             states_left[0] -= 1
+            self._cut_short = False
             then = self._there.joined(self._states.versions(state), rows)[0]
             earlier = self._earlier(state, rows, states_left)
             found = explain(self._there.served[rows], self._now[rows], then, earlier)
-            yield rows, found, self._whys(rows, found, state, then)
+            if self._cut_short:  # an earlier state that was not looked at may have given it: nobody is accused
+                found.codes[found.codes == number(Cause.CODE)] = number(Cause.UNEXAMINED)
+            yield rows, found, self._whys(rows, found, state)
 
     def _earlier(self, state: tuple[int, ...], rows: Ints, states_left: list[int]) -> Iterator[Vectors]:
         for steps in range(1, LOOK_BACK + 1):
             before = self._states.before(state, steps)
-            if before is None or states_left[0] <= 0 or not self._there.has(self._states.versions(before)):
+            if before is None:
+                return
+            if states_left[0] <= 0 or not self._there.has(self._states.versions(before)):
+                self._cut_short = True
                 return
             states_left[0] -= 1
             yield self._there.joined(self._states.versions(before), rows)[0]
@@ -104,7 +123,7 @@ class Mismatches:
         same = agree(self._there.served[rows], self._now[rows])
         return Explained(np.where(same, 0, number(Cause.UNEXAMINED)).astype(np.int8), np.zeros(same.shape, np.int16))
 
-    def _whys(self, rows: Ints, found: Explained, state: tuple[int, ...], then: Vectors) -> dict[str, str]:
+    def _whys(self, rows: Ints, found: Explained, state: tuple[int, ...]) -> dict[str, str]:
         whys = {}
         for j, name in enumerate(self._there.plan.names):
             for cause in (Cause.CODE, Cause.STALE, Cause.LATE_ROW):
@@ -142,16 +161,24 @@ class Mismatches:
         served = self._there.served[row, self._there.plan.names.index(name)]
         mine = self._defined.hashes.get(name, "")
         for other in self._others:
-            same = set(other.plan.request_columns) <= set(self._there.rows.column_names)
-            same = same and set(other.plan.sources) <= set(self._there.plan.sources)
-            if not same or name not in other.plan.names or other.hashes.get(name) == mine:
+            theirs = other.hashes.get(name, mine)
+            if theirs == mine or not self._is_computable(other):
                 continue
             given = self._there.joined(self._states.versions(state), row, other.plan)[0]
             if agree(served[:, None], given[:, [other.plan.names.index(name)]]).all():
-                return f"definition {other.hashes.get(name)} was served, the model was trained with {mine}"
+                return f"definition {theirs} was served, the model was trained with {mine}"
         return (
             f"no state of the lake gives it under definition {mine}: other code, or another record in the online store"
         )
+
+    def _is_computable(self, other: Definitions) -> bool:
+        """Whether another definition can be tried on these rows: here, from the columns and sources that there are."""
+        try:
+            plan = other.plan
+        except SpecError:  # a Python function of it is gone or was changed: it stays a candidate that nobody can try
+            return False
+        columns, sources = set(self._there.rows.column_names), set(self._there.plan.sources)
+        return set(plan.request_columns) <= columns and set(plan.sources) <= sources
 
 
 def _source_of(plan: FeaturePlan, feature: str) -> str:

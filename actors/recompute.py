@@ -82,6 +82,7 @@ class Recompute:
 
         Raises:
             Unavailable: no training set of this model is in the ledger, so its definitions are not known.
+            SpecError: a definition that answered calls a Python function that is not here, or is another one here.
             StoreError: the lake can not be read.
         """
         served = sample(self._lake, model, span or Span(), rows)
@@ -112,12 +113,11 @@ class Recompute:
         made = self._records.events("training_set.made", pipeline=model)
         if not made:
             raise Unavailable(f"the ledger knows no training set of {model!r}: its definitions can not be looked up")
-        plans: dict[str, FeaturePlan] = {}
+        plans: dict[str, Definitions] = {}
         found = []
         for event in made:
             text, manifest = json.dumps(event["data"]["plan"]), event["data"]["manifest"]
-            plan = plans.setdefault(text, FeaturePlan.from_json(text))
-            found.append((digest(manifest), Definitions(plan, manifest["feature_hashes"])))
+            found.append((digest(manifest), plans.setdefault(text, Definitions(text, manifest["feature_hashes"]))))
         return found
 
     def _by_definitions(self, served: pa.Table, found: _Found) -> Iterator[tuple[Definitions, pa.Table]]:
@@ -126,7 +126,7 @@ class Recompute:
         parts: dict[int, tuple[Definitions, list[int]]] = {}
         for version in served["version"].unique().to_pylist() if served.num_rows else []:
             defined = by_manifest.get(self._manifest_digest(found.model, version), found.known[-1][1])
-            parts.setdefault(id(defined.plan), (defined, []))[1].append(version)
+            parts.setdefault(id(defined), (defined, []))[1].append(version)
         for defined, versions in parts.values():
             yield defined, served.filter(pc.is_in(served["version"], value_set=pa.array(versions, pa.int64())))
 
@@ -173,8 +173,8 @@ class Recompute:
         found.mismatched += len(wrong)
         if len(wrong):
             states = LakeStates(self._records.events("rows.appended"), there.pinned)
-            others = {id(d.plan): d for _, d in found.known if d.plan is not defined.plan}
-            cells = Mismatches(there, now, states, [defined, *others.values()])
+            others = list(dict.fromkeys(d for _, d in found.known if d is not defined))
+            cells = Mismatches(there, now, states, [defined, *others])
             for rows, explained, whys in cells.explained(wrong, found.states_left):
                 codes[rows] = explained.codes
                 found.whys = {**whys, **found.whys}

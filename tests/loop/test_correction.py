@@ -68,6 +68,24 @@ def test_what_was_answered_is_what_the_lake_gives_offline_bit_for_bit(costly, ho
     assert int(compared.split()[-1]) >= 10_000
 
 
+def test_the_run_itself_checked_a_sample_of_what_it_served(costly, host: Host):
+    judged = costly["consistency"]
+    assert (judged["rows"], judged["mismatched"], judged["alert"]) == (2000, 0, False)
+    assert costly["seconds"]["consistency"] > 0
+    (view,) = costly["freshness"]["views"]
+    assert view["view"] == "shop" and view["behind_s"] == 0
+
+
+def test_an_online_record_that_somebody_replaced_is_found_and_named(costly, host: Host):
+    host.python(SKEW, SHIFT="costly")
+    words = ("features", "consistency", "returns-costly", "--check", "--rows", "100000")
+    (judged,) = json.loads(host.raymill(*words, "--json", code=3).stdout)
+    (finding,) = judged["features"]
+    assert finding["feature"] == "shop.rate_7d" and finding["causes"] == {"code": 200}
+    assert "another record in the online store" in finding["why"]
+    assert host.document("status")["alerts"][0]["model"] == "returns-costly"
+
+
 def test_drift_that_costs_nothing_starts_no_retrain(host: Host):
     summary = host.document("run", SHOP, SHIFT="free")
     assert [r["reason"] for r in summary["retrains"]] == ["first model"]
@@ -104,6 +122,30 @@ offline = join(asked, FeaturePlan.of(pipeline), {{"orders": rows}}, at="placed_a
 online = np.stack([np.asarray(x, dtype=np.float32) for x in logged["x"].to_pylist()])
 assert np.array_equal(offline.view(np.uint32), online.view(np.uint32)), np.argwhere(offline != online)[:5]
 print(len(online))
+"""
+
+SKEW = f"""
+from pathlib import Path
+import httpx, pyarrow as pa
+from raymill.actors.feature_plan import FeaturePlan
+from raymill.actors.online import OnlineStore
+from raymill.cluster import session
+from raymill.jobs import pipeline_file
+from raymill.runtime import connect
+from raymill.runtime.home import current_home
+pipeline = pipeline_file.load(Path({SHOP!r}))
+rows = pipeline.sources[0].read().slice(83_800, 200)  # of the last day but one that was replayed
+shifted = rows.set_column(rows.column_names.index("returned"), "returned", pa.array([9.0] * 200))
+shifted = shifted.set_column(0, "order", pa.array([f"forged-{{i}}" for i in range(200)]))
+shifted = shifted.set_column(rows.column_names.index("known_at"), "known_at", rows["placed_at"])
+store = OnlineStore(current_home().online, FeaturePlan.of(pipeline))
+store.ingest(pipeline.sources[0].name, shifted)
+store.close()
+asked = pa.table({{c: rows[c] for c in pipeline.request_columns}})
+asked = asked.append_column("at", pa.array([rows["placed_at"][-1].as_py()] * 200, pa.timestamp("us", "UTC")))
+with connect(session.load(current_home()).serve_url) as client:
+    client.predict(pipeline.name, asked)
+    httpx.post(client.url + "/raymill/flush", timeout=60).raise_for_status()
 """
 
 BAD_VERSIONS = f"""

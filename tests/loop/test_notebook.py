@@ -68,6 +68,11 @@ with connect() as client:
         "cost": client.cost(),
         "status": client.status(),
         "lineage": client.lineage(answers.column("id")[0].as_py()),
+        "catalogue": client.catalogue(column="orders-still.returned"),
+        "feature": client.feature("shop.rate_7d"),
+        "breaks": client.feature_lineage(column="orders-still.returned")["breaks"],
+        "freshness": client.freshness(model),
+        "consistency": client.consistency(model),
     }
     errors = {}
     for what, ask in {
@@ -75,6 +80,7 @@ with connect() as client:
         "entity": lambda: client.predict(model, [{**rows[0], "shop": "nowhere"}], at=moment),
         "column": lambda: client.predict(model, [{"order": "n1"}], at=moment),
         "prediction": lambda: client.lineage("none"),
+        "feature": lambda: client.feature("none"),
     }.items():
         try:
             ask()
@@ -112,10 +118,21 @@ def test_lineage_leads_from_a_prediction_just_made_to_its_training(told):
     assert "shop.rate_7d" in json.dumps(told["lineage"]) and len(told["lineage"]["steps"]) >= 4
 
 
+def test_features_come_with_their_statistics_users_freshness_and_checks(told, served):
+    (feature,) = told["catalogue"]
+    assert feature["name"] == "shop.rate_7d" and feature["answering"] == told["breaks"] == [f"{served['pipeline']}/2"]
+    (version,) = [v for v in told["feature"] if served["pipeline"] in v["pipelines"]]
+    assert version["statistics"]["training"]["null_share"] == 0 and version["statistics"]["online"]["rows"] == 2000
+    (fresh,) = told["freshness"]
+    assert fresh["views"][0]["behind_s"] == 0
+    assert [c["alert"] for c in told["consistency"]] == [False]
+
+
 def test_errors_arrive_as_our_own(told):
     assert told["errors"] == {
         "model": "UnknownModel",
         "entity": "UnknownEntity",
         "column": "ContractError",
         "prediction": "UnknownPrediction",
+        "feature": "UnknownFeature",
     }

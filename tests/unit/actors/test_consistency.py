@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
@@ -126,6 +126,7 @@ def test_nothing_served_is_no_alarm(shop):
     assert not found.alert and "nothing was served" in found.reason
 
 
+@settings(deadline=None)
 @given(CELLS, CELLS, CELLS, st.lists(CELLS, max_size=3))
 def test_every_cell_that_differs_has_one_cause_and_no_other_has_any(served, now, then, earlier):
     found = explain(served, now, then, iter(earlier))
@@ -140,6 +141,7 @@ def test_every_cell_that_differs_has_one_cause_and_no_other_has_any(served, now,
     assert not any(agree(served, state)[code].any() for state in [now, then, *earlier])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(range(len(CAUSES) + 1)), min_size=1, max_size=50), st.floats(0, 1))
 def test_the_alarm_is_a_rate_above_the_tolerance(codes, tolerance):
     cells = {"a": np.array(codes, np.int8)}
@@ -149,6 +151,7 @@ def test_the_alarm_is_a_rate_above_the_tolerance(codes, tolerance):
     assert sum(sum(f.causes.values()) for f in findings) == wrong
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=6), st.integers(0, 11))
 def test_the_lake_at_a_moment_is_the_version_of_the_last_batch_before_it(walls, moment):
     walls = sorted(walls)

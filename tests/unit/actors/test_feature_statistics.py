@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
@@ -32,6 +32,7 @@ def visits(rows):
     return pa.table([pa.array(list(c), t) for c, t in zip(columns, types, strict=True)], names=list(VISITS.schema))
 
 
+@settings(deadline=None)
 @given(
     some.arrays(
         np.float32, st.tuples(st.integers(1, 40), st.just(2)), elements=st.floats(-99, 99, width=32) | st.just(np.nan)
@@ -56,6 +57,7 @@ def test_quantiles_of_many_rows_are_taken_of_some_that_are_spread_over_all():
     assert np.allclose(quantiles, np.linspace(0, len(x), 11), atol=0.005 * len(x))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(WHO, WHAT, WHEN, st.none() | WHEN), max_size=8),
     st.lists(st.tuples(WHO, WHAT, WHEN), min_size=1, max_size=8),

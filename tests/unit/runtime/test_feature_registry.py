@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymill.runtime.errors import Conflict, UnknownFeature
@@ -182,6 +182,7 @@ def test_a_definition_is_written_as_one_would_write_it():
     assert written(col("t").hour()) == "hour(t)"
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["7d", "6h", "1d"]))
 def test_a_declaration_changes_with_its_content_alone(window):
     one, two = declaration(pipeline_of(window=window)), declaration(pipeline_of("other", window=window))
