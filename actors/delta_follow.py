@@ -20,6 +20,7 @@ from deltalake.exceptions import DeltaError
 
 from raymill.actors.contract import arrow_schema
 from raymill.actors.incoming import Batch, IsTaken
+from raymill.actors.lake_place import Place, in_one_line
 from raymill.actors.sources import batch_rows, cut, end_of, named
 from raymill.runtime.errors import StoreError
 from raymill.runtime.spec import DeltaTable, Source
@@ -43,7 +44,7 @@ class DeltaFollower:
 
     def open(self) -> None:
         with _as_store_error(self._declared):
-            table = Table(self._declared.path, version=self._declared.version)
+            table = _open(self._declared, self._declared.version)
             self._prefix = f"delta-{str(table.metadata().id)[:13]}"
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class DeltaFollower:
                 return batch
         if self._done is None or self._declared.version is not None:
             return None
-        newest = Table(self._declared.path).version()
+        newest = _open(self._declared).version()
         while self._done < newest:
             self._coming = self._appended(self._done + 1)
             if (batch := next(self._coming, None)) is not None:
@@ -90,7 +91,7 @@ class DeltaFollower:
                 self._done = version
                 return
         else:
-            version = Table(self._declared.path).version()
+            version = _open(self._declared).version()
             for earlier in range(version, -1, -1):
                 if self._is_taken(end_of(self._of(earlier))):
                     self._done = earlier
@@ -103,8 +104,8 @@ class DeltaFollower:
         yield from self._batches(version, None)
 
     def _appended(self, version: int) -> Iterator[Batch]:
-        table = Table(self._declared.path, version=version)
-        before, now = set(_files(Table(self._declared.path, version=version - 1))), set(_files(table))
+        table = _open(self._declared, version)
+        before, now = set(_files(_open(self._declared, version - 1))), set(_files(table))
         removed, added = before - now, now - before
         if not (removed or added):
             return
@@ -120,16 +121,14 @@ class DeltaFollower:
 
     def _batches(self, version: int, files: set[str] | None) -> Iterator[Batch]:
         prefix = self._of(version)
-        tables = cut(
-            _record_batches(Table(self._declared.path, version=version), self._source, files), batch_rows(self._source)
-        )
+        tables = cut(_record_batches(_open(self._declared, version), self._source, files), batch_rows(self._source))
         origin = orjson.dumps({"table": self._declared.path, "version": version}).decode()
         for batch_id, rows in named(prefix, tables, self._source):
             position = (version, batch_id == end_of(prefix))
             yield Batch(batch_id=batch_id, rows=rows, origin=origin, position=position)
 
     def _operation(self, version: int) -> str:
-        told = {entry["version"]: entry.get("operation") for entry in Table(self._declared.path).history()}
+        told = {entry["version"]: entry.get("operation") for entry in _open(self._declared).history()}
         return str(told.get(version, "unknown"))
 
     def _of(self, version: int) -> str:
@@ -146,8 +145,12 @@ def snapshot(declared: DeltaTable, source: Source) -> pa.Table:
         StoreError: there is no such table or version, or it can not be read.
     """
     with _as_store_error(declared):
-        table = Table(declared.path, version=declared.version)
+        table = _open(declared, declared.version)
         return pa.Table.from_batches(list(_record_batches(table, source, None)) or [_first_columns(table, source)])
+
+
+def _open(declared: DeltaTable, version: int | None = None) -> Table:
+    return Table(declared.path, version=version, storage_options=Place(declared.path).options)
 
 
 def _record_batches(table: Table, source: Source, files: set[str] | None) -> Iterator[pa.RecordBatch]:
@@ -173,6 +176,6 @@ def _as_store_error(declared: DeltaTable) -> Iterator[None]:
         yield
     except (DeltaError, OSError, pa.ArrowException) as err:
         raise StoreError(
-            f"Delta table {declared.path} can not be read: {err}; does it exist, and are its credentials in the "
-            f"environment?"
+            f"Delta table {declared.path} can not be read: {in_one_line(err)}; does it exist, and are its credentials "
+            f"in the environment?"
         ) from err

@@ -101,5 +101,11 @@ def as_store_error(place: Place, table: str, verb: str) -> Iterator[None]:
     except TableNotFoundError as err:
         raise StoreError(f"there is no lake table {table!r} (or not that version): ingest rows first; {err}") from err
     except (DeltaError, OSError, pa.ArrowException) as err:
-        told = " ".join(_TERMINAL.sub(" ", str(err)).split())
-        raise StoreError(f"could not {verb} lake table {table!r} in {place.root}: {told}; {place.remedy}") from err
+        raise StoreError(
+            f"could not {verb} lake table {table!r} in {place.root}: {in_one_line(err)}; {place.remedy}"
+        ) from err
+
+
+def in_one_line(err: Exception) -> str:
+    """What delta-rs says, without what it draws for a terminal."""
+    return " ".join(_TERMINAL.sub(" ", str(err)).split())

@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import ray
 import redis
+from deltalake import write_deltalake
 
 from raymill.actors.blocks import block_batches
 from raymill.actors.data import DataActor
@@ -33,8 +36,8 @@ from raymill.runtime.errors import ContractError
 from raymill.runtime.home import Home
 from raymill.runtime.records import NAME, RecordsActor, RemoteRecords
 from raymill.runtime.spawn import Remote, find, spawn
-from raymill.runtime.spec import Col, Source
-from tests.actors import feed_host
+from raymill.runtime.spec import Col, DeltaTable, Directory, Source
+from tests.actors import feed_host, s3_server
 from tests.unit.actors.redis_server import RedisServer, running
 
 STOPS = 20
@@ -202,6 +205,30 @@ def test_actors_that_are_killed_one_after_the_other_lose_and_double_nothing(clus
         until(lambda: is_drained(server, sent))
         assert Remote("feed/riding").health()["sources"]["rides"]["error"] == ""
         check(tmp_path / "home", sent, server.url)
+
+
+def test_files_and_delta_tables_in_an_object_store_come_in_as_those_of_this_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = pa.table({"id": pa.array([1, 2]), "moment": pa.array([1, 2], UTC), "text": ["a", "b"]})
+    with s3_server.running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        filesystem, path = pafs.FileSystem.from_uri(server.url("in/a.parquet"))
+        with filesystem.open_output_stream(path) as opened:
+            pq.write_table(rows, opened)
+        write_deltalake(server.url("theirs"), rows, storage_options={"aws_allow_http": "true"})
+        told = [
+            replace(WIDE, name="files", read=Directory(server.url("in"))),
+            replace(WIDE, name="table", read=DeltaTable(server.url("theirs"))),
+        ]
+        data = DataActor(str(tmp_path), told, lambda events: None, "p")
+        data.start()
+        feed = Feed(told, data)
+        feed.start()
+        until(lambda: all(p["rows"] == 2 for p in feed.health()["sources"].values()))
+        feed.stop()
+    assert all(Lake(Home(tmp_path).lake).read(s.name).sort_by("id").equals(rows) for s in told)
 
 
 WIDE = Source(
