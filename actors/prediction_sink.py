@@ -48,7 +48,7 @@ class LakeSink:
 
     def _append(self, lake: Lake, segment: str, rows: pa.Table) -> None:
         if lake.version(TABLE) is None:
-            lake.append(TABLE, rows.slice(0, 0), batch_id="created")
+            lake.append(TABLE, rows.slice(0, 0), batch_id="created", by="at")
         while not lake.has_batch(TABLE, segment):
             version = lake.version(TABLE)
             fresh = _fresh(lake, version, rows)

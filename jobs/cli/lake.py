@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,11 +28,11 @@ def list_tables(tables: Tables = None, as_json: AsJson = False) -> None:
     with _chosen(tables) as (found, pins):
         told = [{"lake": at.root, **asdict(at.describe(t)), "pinned": sorted(pins.get(t, ()))} for at, t in found]
 
-    def human() -> None:
-        columns = ["lake", "table", "rows", "parts", "bytes", "version", "sorted by", "pinned"]
-        table("lake", columns, [[*_place(f), f["rows"], f["parts"], _bytes(f["size"]), *_state(f)] for f in told])
+    def row(f: dict[str, Any]) -> list[Any]:
+        pinned = ", ".join(map(str, f["pinned"])) or "–"
+        return [f"{f['rows']:,}", f["parts"], _bytes(f["size"]), f["version"], f["sorted_by"] or "–", pinned]
 
-    emit(told, as_json, human)
+    emit(told, as_json, lambda: _tables(told, ["rows", "parts", "bytes", "version", "sorted by", "pinned"], row))
 
 
 @lake.command(help="Merge small parts into few, in the order of event time.")
@@ -46,11 +46,10 @@ def compact(tables: Tables = None, as_json: AsJson = False) -> None:
             before = now.parts if merged is None else now.parts - merged.after + merged.before
             told.append({"lake": at.root, "table": name, "before": before, "after": now.parts, "version": now.version})
 
-    def human() -> None:
-        rows = [[*_place(f), f["before"], f["after"], f["version"]] for f in told]
-        table("compacted", ["lake", "table", "parts before", "now", "version"], rows)
+    def row(f: dict[str, Any]) -> list[Any]:
+        return [f["before"], f["after"], f["version"]]
 
-    emit(told, as_json, human)
+    emit(told, as_json, lambda: _tables(told, ["parts before", "now", "version"], row))
 
 
 @lake.command(help="Remove files that only versions need which are neither pinned nor young.")
@@ -73,11 +72,8 @@ def vacuum(
             gone = at.vacuum(name, pins=pins.get(name, set()), older_than_s=seconds, dry_run=dry_run)
             told.append({"lake": at.root, "table": name, "files": len(gone.files), "size": gone.size})
 
-    def human() -> None:
-        rows = [[*_place(f), f["files"], _bytes(f["size"])] for f in told]
-        table("would be removed" if dry_run else "removed", ["lake", "table", "files", "bytes"], rows)
-
-    emit(told, as_json, human)
+    words = ["files to remove" if dry_run else "files removed", "bytes"]
+    emit(told, as_json, lambda: _tables(told, words, lambda f: [f["files"], _bytes(f["size"])]))
 
 
 @contextmanager
@@ -102,12 +98,10 @@ def pinned(made: Iterable[dict[str, Any]]) -> dict[str, set[int]]:
     return found
 
 
-def _place(told: dict[str, Any]) -> list[str]:
-    return [told["lake"], told["table"]]
-
-
-def _state(told: dict[str, Any]) -> list[Any]:
-    return [told["version"], told["sorted_by"] or "–", ", ".join(map(str, told["pinned"])) or "–"]
+def _tables(told: list[dict[str, Any]], columns: list[str], row: Callable[[dict[str, Any]], list[Any]]) -> None:
+    """Print one table a lake."""
+    for place in dict.fromkeys(f["lake"] for f in told):
+        table(place, ["table", *columns], [[f["table"], *row(f)] for f in told if f["lake"] == place])
 
 
 def _bytes(size: int) -> str:
