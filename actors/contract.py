@@ -191,6 +191,8 @@ def _as_type(raw: pa.Array, wanted: pa.DataType) -> tuple[pa.Array, np.ndarray]:
         raw = raw.dictionary_decode()
     if raw.type.equals(wanted):
         return raw, np.empty(0, np.int64)
+    if pa.types.is_floating(raw.type) and not pa.types.is_floating(wanted):
+        raw = pc.if_else(pc.is_nan(raw), pa.scalar(None, raw.type), raw)  # pandas writes a missing whole number so
     pieces: list[pa.Array] = []
     unreadable: list[int] = []
     _cast(raw, 0, wanted, pieces, unreadable)

@@ -163,7 +163,7 @@ class DataActor:
 
     def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
         """Change columns of refused rows; errors as in `Quarantine.fix`."""
-        return self._held.fix(changes)
+        return self._held.fix(changes, {name: s.schema.keys() for name, s in self._sources.items()})
 
     def discard(self, ids: Sequence[str], why: str) -> int:
         """Close refused rows for good; errors as in `Quarantine.discard`."""

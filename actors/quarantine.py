@@ -144,10 +144,13 @@ class Quarantine:
         held = self._lake.read(MEDIA, where=[("sha256", "in", list(checksums))])
         return dict(zip(held["sha256"].to_pylist(), held["bytes"].to_pylist(), strict=True))
 
-    def fix(self, changes: dict[str, dict[str, Any]]) -> list[Entry]:
+    def fix(
+        self, changes: dict[str, dict[str, Any]], declared: Mapping[str, Collection[str]] | None = None
+    ) -> list[Entry]:
         """Change columns of open entries, id → {column: value}; the rows come in again by a reingest.
 
-        Values are JSON, or bytes for a column of media.
+        Values are JSON, or bytes for a column of media. `declared` holds the present columns of each source; absent:
+        a row has those with which it came.
 
         Raises:
             UnknownRow: an id is of no quarantined row.
@@ -156,7 +159,10 @@ class Quarantine:
         """
         with self.turn():
             found = self.quarantine(list(changes))
-            texts = [patched(e, {c: _named(v) for c, v in changes[e.id].items()}) for e in found]
+            texts = [
+                patched(e, {c: _named(v) for c, v in changes[e.id].items()}, (declared or {}).get(e.source, ()))
+                for e in found
+            ]
             self._keep({checksum(v): v for told in changes.values() for v in told.values() if isinstance(v, bytes)})
             self.tell([next_step(e, Step.FIXED, row=text) for e, text in zip(found, texts, strict=True)])
         return self.quarantine(list(changes))

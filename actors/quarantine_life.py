@@ -8,7 +8,7 @@ Invariants
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -141,17 +141,18 @@ def lived(entries: Iterable[Entry], log: Iterable[Done]) -> list[Entry]:
     return found
 
 
-def patched(entry: Entry, changes: Mapping[str, Any]) -> str:
-    """The entry's row, JSON, with other values in some columns.
+def patched(entry: Entry, changes: Mapping[str, Any], declared: Collection[str] = ()) -> str:
+    """The entry's row, JSON, with other values in some columns: its own, and those its source declares by now.
 
     Raises:
-        ContractError: the row has no such column.
+        ContractError: there is no such column.
     """
     row = orjson.loads(entry.row)
-    strange = sorted(changes.keys() - row.keys())
+    columns = row.keys() | set(declared)
+    strange = sorted(changes.keys() - columns)
     if strange:
         raise ContractError(
-            f"quarantined row {entry.id} of source {entry.source!r} has no column {strange}: it has {sorted(row)}"
+            f"quarantined row {entry.id} of source {entry.source!r} has no column {strange}: it has {sorted(columns)}"
         )
     return orjson.dumps(row | dict(changes)).decode()
 

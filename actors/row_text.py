@@ -47,15 +47,16 @@ def checksums_in(texts: Sequence[str], source: Source) -> list[str]:
 
 
 def rows_of(texts: Sequence[str], source: Source, blobs: Mapping[str, bytes]) -> tuple[pa.Table, np.ndarray]:
-    """The rows of such texts, for the contract, and why it need not look: `column:<name>` where the source lacks one.
+    """The rows of such texts, for the contract, and the reason [n] why it need not look, empty where it must.
 
-    All values but media are text for the contract to parse; a column that a row lacks is null. The reasons [n] are
-    empty for rows of the source's columns; `type:<name>` stands where a value of media is no such object.
+    All values but media are text for the contract to parse; a column that a row lacks is null. The reason is
+    `column:<name>` where a row has a value in a column that the source lacks, `type:<name>` where a value of media is
+    no such object.
     """
     rows = [orjson.loads(text) for text in texts]
     reasons = np.full(len(rows), "", dtype=object)
     for i, row in enumerate(rows):
-        strange = sorted(row.keys() - source.schema.keys())
+        strange = sorted(c for c, value in row.items() if value is not None and c not in source.schema)
         if strange:
             reasons[i] = f"column:{strange[0]}"
     columns = {}

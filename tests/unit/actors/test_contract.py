@@ -142,6 +142,14 @@ def test_other_widths_units_zones_and_encodings_are_taken():
     assert check(other, SOURCE).accepted.to_pylist() == [row()]
 
 
+def test_nan_is_null_for_whole_numbers_too():
+    source = replace(SOURCE, schema=SOURCE.schema | {"count": Col("int64", nullable=True)})
+    rows = table(row(), row(time=EPOCH + timedelta(hours=1)))
+    rows = rows.set_column(3, "count", pa.array([2.0, math.nan]))
+    assert check(rows, source).accepted["count"].to_pylist() == [2, None]
+    assert reasons(check(rows, SOURCE)) == ["null:count"]
+
+
 def test_a_number_that_would_lose_digits_is_no_whole_number():
     rows = table(row(), row(time=EPOCH + timedelta(hours=1)))
     rows = rows.set_column(3, "count", pa.array([2.0, 2.5]))

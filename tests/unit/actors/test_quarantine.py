@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -21,7 +22,7 @@ from raymill.actors.quarantine import LOG
 from raymill.actors.quarantine_life import Done, Entry, State, Step, after, lived, next_step
 from raymill.actors.row_text import json_rows, rows_of
 from raymill.runtime.errors import Conflict, ContractError, UnknownRow
-from raymill.runtime.spec import Col, Source
+from raymill.runtime.spec import Col, DropColumn, Source
 
 PLANES = Source("planes", key=["tail"], time="time", schema={"tail": Col("string"), "time": Col("timestamp")})
 FLIGHTS = Source(
@@ -270,6 +271,19 @@ def test_a_row_that_is_read_back_from_its_text_gets_the_same_verdict(rows):
 def test_a_text_with_a_column_that_the_source_lacks_costs_its_row_alone():
     table, strange = rows_of(['{"id": 1, "time": "1970-01-01T00:00:00Z", "gone": 2}', '{"id": 2.0}'], FLIGHTS, {})
     assert strange.tolist() == ["column:gone", ""] and table["id"].to_pylist() == ["1", "2"]
+
+
+def test_a_row_of_before_a_change_of_columns_is_mended_to_the_present_ones(tmp_path):
+    old = Source("flights", key=["id"], time="time", schema=FLIGHTS.schema | {"gust": Col("float64", ge=0)})
+    came = flights((1, 1.0, None)).append_column("gust", pa.array([-1.0]))
+    DataActor(str(tmp_path), [old], lambda events: None).ingest("flights", came, batch_id="a")
+    now = replace(FLIGHTS, migrations=[DropColumn("gust", was="float64")])
+    actor = DataActor(str(tmp_path), [now], lambda events: None)
+    actor.start()
+    (entry,) = actor.quarantine()
+    assert reingested(actor, [entry.id])[0].quarantined == {"column:gust": 1}
+    actor.fix({entry.id: {"gust": None}})
+    assert reingested(actor, [entry.id])[0].accepted == 1
 
 
 def test_the_log_is_a_lake_table_of_its_own_that_no_source_may_have(tmp_path):
