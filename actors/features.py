@@ -238,8 +238,12 @@ class FeatureActor:
         start_at: int | None = None,
         end_at: int | None = None,
         media: tuple[str, ...] = (),
+        since: int | None = None,
     ) -> pa.Table:
-        """The columns that features and label need, and media, of the rows with event time in [start_at, end_at)."""
+        """The columns that features and label need, and media, of the rows with event time in [start_at, end_at).
+
+        With `since` (an earlier version) at least those that came after it, and not all that were there before.
+        """
         plan = self._source(source)
         columns = list(self._plan.source_columns(source))
         if source == self._plan.row.name:
@@ -248,7 +252,7 @@ class FeatureActor:
         bounds = [(">=", start_at), ("<", end_at)]
         where = [(plan.time, op, _moment(us)) for op, us in bounds if us is not None]
         wanted = list(dict.fromkeys([*columns, *media]))
-        rows = self._lake.read(source, version=version, columns=wanted, where=where or None)
+        rows = self._lake.read(source, version=version, columns=wanted, where=where or None, since=since)
         for name in media:  # Delta knows no large binary, and images soon make more than the 2 GiB of a small one
             rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(MEDIA))
         return rows
@@ -257,7 +261,8 @@ class FeatureActor:
         return self._plan.row if name == self._plan.row.name else self._plan.sources[name]
 
     def _catch_up(self, source: str, version: int, horizon: int | None) -> None:
-        rows = self._read(source, version, end_at=horizon)
+        since = self._store.lake_version(source) if horizon is None else -1
+        rows = self._read(source, version, end_at=horizon, since=since if since >= 0 else None)
         self._store.ingest(source, rows, lake_version=version if horizon is None else None, whole=True)
 
     def _tell(self, kind: str, at: int | None, data: dict[str, Any], *, key: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 
 from raymill.actors.lake_cache import PartCache
 from raymill.actors.lake_layout import FEWEST
@@ -29,6 +29,7 @@ from raymill.actors.lake_upkeep import (
     Described,
     Merged,
     Vacuumed,
+    added_rows,
     compact,
     describe,
     first_whole,
@@ -116,6 +117,7 @@ class Lake:
         columns: Sequence[str] | None = None,
         where: list[tuple[str, str, Any]] | None = None,
         or_later: bool = False,
+        since: int | None = None,
     ) -> pa.Table:
         """The rows of a version (the newest if none is named), in no particular order.
 
@@ -125,6 +127,8 @@ class Lake:
             columns: the columns wanted; absent: all.
             where: `(column, operator, value)` triples that must all hold; operators as in pyarrow, `in` included.
             or_later: where that version was vacuumed, the next one that was not: it has all its rows, and perhaps more.
+            since: an earlier version: only from the files that came after it, so all rows that it lacks, and perhaps
+                more (of files that were merged); from all files, where it is no longer known.
 
         Raises:
             StoreError: there is no such table or version, or it is damaged.
@@ -133,7 +137,17 @@ class Lake:
             if or_later and version is not None:
                 version = first_whole(self._place, table, version)
             found = self._place.open(table, version)
+            known = None if since is None else self._parts_at(table, since)
+            if known is not None:
+                return added_rows(found, known, columns, where)
             return found.to_pyarrow_table(columns=list(columns) if columns is not None else None, filters=where)
+
+    def _parts_at(self, table: str, version: int) -> set[str] | None:
+        """Paths of a version's files; None: its log was cleaned away."""
+        try:
+            return {part.path for part in parts_of(self._place.open(table, version))}
+        except DeltaError:
+            return None
 
     def parts(self, table: str, *, version: int | None = None, by: str | None = None) -> Parts:
         """The files of a version as they are stored, for the point-in-time join; ordered `by` a column's least value.

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties
 from deltalake.exceptions import CommitFailedError
@@ -178,6 +179,18 @@ def parts_of(found: DeltaTable) -> list[Part]:
             *(actions.column(c).to_pylist() for c in columns), first, strict=True
         )
     ]
+
+
+def added_rows(
+    found: DeltaTable, known: Collection[str], columns: Sequence[str] | None, where: list[tuple[str, str, Any]] | None
+) -> pa.Table:
+    """Rows of the table's files but those known, by their paths below the table."""
+    added = {part.path for part in parts_of(found)}.difference(known)
+    whole = found.to_pyarrow_dataset()
+    fragments = [f for f in whole.get_fragments() if f.path in added]
+    new = pads.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
+    filters = None if where is None else pq.filters_to_expression(where)
+    return new.to_table(columns=None if columns is None else list(columns), filter=filters)
 
 
 def sorted_by(found: DeltaTable) -> str | None:

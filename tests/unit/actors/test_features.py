@@ -204,6 +204,37 @@ def test_restarted_actor_reads_again_what_it_missed(bench: Bench) -> None:
     assert_online_is_offline(bench, 38)
 
 
+def test_what_was_missed_is_read_and_not_all_that_is_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, rows = Lake.read, list[int]()
+
+    def counted(lake: Lake, table: str, **more: Any) -> pa.Table:
+        found = read(lake, table, **more)
+        rows.append(len(found))
+        return found
+
+    bench.arrive("trips", trips(0, 30), "one")
+    monkeypatch.setattr(Lake, "read", counted)
+    bench.arrive("trips", trips(30, 10), "two", seen=False)
+    bench.restart()
+    bench.restart()
+    assert rows == [10]
+    assert_online_is_offline(bench, 38)
+
+
+def test_killed_while_it_catches_up_it_does_so_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arrive("trips", trips(0, 30), "one", seen=False)
+
+    def killed(*told: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("raymill.actors.online.OnlineStore._merge", killed)
+        bench.restart()
+    bench.restart()
+    assert bench.actor.health()["lake_versions"]["trips"] == bench.lake.version("trips")
+    assert_online_is_offline(bench, 28)
+
+
 def test_repeated_and_missed_batches_end_in_the_same_vectors(bench: Bench) -> None:
     bench.arrive("trips", trips(0, 30), "one")
     bench.arrive("trips", trips(30, 10), "two", seen=False)

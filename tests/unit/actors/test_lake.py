@@ -136,6 +136,17 @@ def test_writers_that_make_the_same_table_at_once_make_one(tmp_path):
         assert numbers(Lake(tmp_path / str(n))) == [0, 1, 2, 3]
 
 
+def test_rows_since_a_version_are_those_of_later_files(tmp_path):
+    lake = Lake(tmp_path)
+    first = lake.append("t", pa.table({"a": [1, 2], "b": [0, 0]}), batch_id="1")
+    last = lake.append("t", pa.table({"a": [3, 4], "b": [0, 0]}), batch_id="2")
+    lake.append("t", pa.table({"a": [5], "b": [0]}), batch_id="3")
+    assert sorted(lake.read("t", since=first, columns=["a"]).to_pydict()["a"]) == [3, 4, 5]
+    assert lake.read("t", since=first, version=last, where=[("a", ">", 3)]).to_pydict() == {"a": [4], "b": [0]}
+    assert lake.read("t", since=last, version=last).num_rows == 0
+    assert lake.read("t", since=99).num_rows == 5
+
+
 def test_rows_that_hold_for_one_version_are_not_appended_to_a_later_one(tmp_path):
     one, other = Lake(tmp_path), Lake(tmp_path)
     rows = pa.table({"a": [1]})
