@@ -230,7 +230,7 @@ def register(
     from raymill.runtime import feature_registration
 
     declared = pipeline_file.load(pipeline)
-    with open_records() as (_, records):
+    with open_records(new=True) as (_, records):
         warnings = feature_registration.register(records, declared)
     found = {"pipeline": declared.name, "features": declared.feature_hashes, "warnings": warnings}
 

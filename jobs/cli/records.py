@@ -60,11 +60,11 @@ def joined_session() -> Session | None:
 
 
 @contextmanager
-def open_records() -> Iterator[tuple[Home, Any]]:
+def open_records(*, new: bool = False) -> Iterator[tuple[Home, Any]]:
     """Home and records; where no cluster runs the database is opened for the time of the block.
 
     Raises:
-        Unavailable: nothing was ever run on this home.
+        Unavailable: nothing was ever run on this home, and it is not to be `new`.
     """
     session = running_session()
     home = session.home if session else current_home()
@@ -77,7 +77,7 @@ def open_records() -> Iterator[tuple[Home, Any]]:
         spawn(RecordsActor, str(home.root), name="records", **on_head())
         yield home, RemoteRecords()
         return
-    if not home.record.exists():
+    if not home.record.exists() and not new:
         raise Unavailable(f"nothing was run on {home.root} yet: `raymill run jobs/flights.py`")
     actor = RecordsActor(home.root)
     actor.start()

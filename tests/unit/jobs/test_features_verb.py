@@ -92,6 +92,15 @@ def test_who_plans_with_a_deprecated_feature_is_warned(said, tmp_path):
     assert said("plan", str(file))["warnings"] == []
 
 
+def test_features_are_registered_before_anything_was_run(said, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMILL_HOME", str(tmp_path / "new"))
+    file = tmp_path / "pipeline.py"
+    file.write_text("from tests.unit.actors.served_shop import pipeline_of\npipeline = pipeline_of()\n")
+    assert said("features", "list", code=1)["code"] == "unavailable"
+    assert said("features", "register", str(file))["features"] == pipeline_of().feature_hashes
+    assert [f["answering"] for f in said("features", "list")] == [[], []]
+
+
 @pytest.mark.parametrize(
     "words",
     [
