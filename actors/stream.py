@@ -25,7 +25,7 @@ from raymill.runtime.errors import ContractError
 
 MEMORY_BYTES = 1 << 30
 """What a join may take where nothing else is said."""
-_OF_EVENTS, _OF_ROWS = 0.3, 0.2
+_OF_EVENTS, _OF_ROWS = 0.25, 0.2
 """Shares of it for a slice's events and for its answer; the rest is for what is carried."""
 _STRING_BYTES = 32
 """What a string is taken for."""
@@ -75,6 +75,7 @@ def stream(
             some = order[first : min(first + most_rows, last)]
             yield some, join(rows.take(pa.array(some)), plan, tables, at=moment[some], workers=workers)
         done = last
+        tables.clear()
         for h in held.values():
             h.drop(end)
 
@@ -155,7 +156,12 @@ class _Held:
         for view in self._views:
             codes, _, groups = entity_codes(view, self._table.select(list(view.entity)), self._table.slice(0, 0))
             keep_needed(np.ascontiguousarray(codes), groups, time, known, cutoff, view.kept_us, keep)
-        self._table = self._table.take(pa.array(np.flatnonzero(keep))).combine_chunks()
+        chosen = pa.array(np.flatnonzero(keep))
+        names, columns, self._table = self._table.column_names, self._table.columns, None
+        for i, column in enumerate(columns):  # one by one: what is kept and what it is taken from are never both whole
+            columns[i] = column.take(chosen).combine_chunks()
+            del column
+        self._table = pa.table(dict(zip(names, columns, strict=True)))
 
 
 def _extremes(rows: Rows | Parts, block: Block, name: str) -> tuple[int, int]:

@@ -1,8 +1,12 @@
 """The point-in-time join against pandas, polars, DuckDB and Feast, from stored parts to a matrix for the trainer.
 
 The work: 1 M labels × 10 M events of 100,000 entities over 90 days, 10 columns of doubles, in the order of time; each
-label gets its entity's newest values (`vs_*`), or mean and count over 6 h and 7 d of what was known then
-(`windows_vs_*`). Feast: 100 k × 1 M, without windows, which it has not.
+label gets its entity's newest values (`vs_*`; `unsorted_vs_*`: the events shuffled), or mean and count over 6 h and 7 d
+of what was known then (`windows_vs_*`). Feast: 100 k × 1 M, without windows, which it has not.
+
+Beside that: the same over one and two actors of Ray, one thread each (`scaling_2_vs_1`, `windows_scaling_2_vs_1`), and
+newest values and windows of a table of five times the memory it is given (`larger_than_memory`: what the process grew
+by, mapped files included).
 
 Stored forms: ours, a Delta table written by appends to the lake, whatever reading it takes included, to a float32
 matrix copied into shared memory, as Ray's object store would hold it; the peers' own best, said in
@@ -20,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +50,9 @@ from raymill.actors.lake import Lake
 LABELS, EVENTS, ENTITIES = 1_000_000, 10_000_000, 100_000
 COLUMNS = [f"x{i}" for i in range(10)]
 SPAN_US = 90 * 86_400_000_000
-BAR = {"vs_pandas": 2, "vs_polars": 5, "vs_duckdb": 7, "vs_feast": 50, "windows_vs_pandas": 3, "windows_vs_duckdb": 3}
+BAR = {"vs_pandas": 2, "vs_polars": 5, "vs_duckdb": 7, "vs_feast": 50, "table_to_grown": 5} | {
+    f"windows_vs_{peer}": 3 for peer in ("pandas", "polars", "duckdb")
+}
 _UTC = pa.timestamp("us", "UTC")
 
 
@@ -129,15 +136,20 @@ def body(quick: bool) -> Outcome:
         (folder / "small").mkdir()
         files = stored(folder, LABELS // scale, EVENTS // scale, ENTITIES // scale)
         with sides("point_in_time", ["pandas", "polars", "duckdb"]) as processes:
-            for task, prefix in (("latest", ""), ("windows", "windows_")):
-                _measure(outcome, processes, task, prefix, files, folder, repetitions)
-            told = _told("latest", files) | {"table": "shuffled", "sorted": False}
-            outcome.ours["unsorted_s"] = processes["ours"].ask(**told)["seconds"]
+            for told, prefix in (
+                (_told("latest", files), ""),
+                (_told("windows", files), "windows_"),
+                (_told("latest", files) | _shuffled(files), "unsorted_"),
+            ):
+                _measure(outcome, processes, told, prefix, folder, repetitions)
+        _scaling(outcome, files, folder, repetitions)
+        outcome.ours["larger_than_memory"] = _larger_than_memory(files)
+        outcome.ratios["table_to_grown"] = outcome.ours["larger_than_memory"]["table_to_grown"]
         if not quick:
             small = stored(folder / "small", 100_000, 1_000_000, 10_000)
             with sides("point_in_time", ["feast"]) as processes:
                 if "feast" in processes:
-                    _measure(outcome, processes, "latest", "", small, folder, repetitions)
+                    _measure(outcome, processes, _told("latest", small), "", folder, repetitions)
     outcome.notes["bars"] = BAR
     return outcome
 
@@ -147,16 +159,46 @@ def _told(task: str, files: dict[str, str]) -> dict[str, Any]:
     return told | {"events": files["events"], "labels": files["labels"]}
 
 
+def _shuffled(files: dict[str, str]) -> dict[str, Any]:
+    return {"table": "shuffled", "events": files["shuffled"], "sorted": False}
+
+
+def _scaling(outcome: Outcome, files: dict[str, str], folder: Path, repetitions: int) -> None:
+    """Over one actor and over two, whose answer is that of one process."""
+    with sides("point_in_time", []) as processes:
+        ours = processes["ours"]
+        ours.ask(task="start_shards", gangs=[1, 2], lake=files["lake"])
+        for windows, prefix in ((False, ""), (True, "windows_")):
+            told = _told("sharded", files) | {"windows": windows}
+            alone = str(folder / "alone.npy")
+            ours.ask(**_told("windows" if windows else "latest", files), save=alone)
+            for n in (1, 2):
+                ours.ask(**told, shards=n, save=str(folder / f"{n}.npy"))
+                same = _differences(np.load(alone), np.load(folder / f"{n}.npy"))
+                outcome.ours[f"{prefix}shards_{n}_differences"] = same
+            work = {f"{prefix}{n}": partial(ours.ask, **told, shards=n) for n in (1, 2)}
+            measured = alternate(work, repetitions)
+            for n in (1, 2):
+                outcome.ours[f"{prefix}shards_{n}_s"] = measured.figures(f"{prefix}{n}")["seconds"]
+            ratios = measured.ratios("seconds", f"{prefix}2", f"{prefix}1", smaller_is_better=True)
+            compare(outcome, f"{prefix}scaling_2_vs_1", ratios)
+
+
+def _larger_than_memory(files: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.ours.larger_than_memory", files["lake"], files["labels"]]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    progress(f"larger than memory: {found}")
+    return found
+
+
 def _measure(
     outcome: Outcome,
     processes: dict[str, Process],
-    task: str,
+    told: dict[str, Any],
     prefix: str,
-    files: dict[str, str],
     folder: Path,
     repetitions: int,
 ) -> None:
-    told = _told(task, files)
     for name, process in processes.items():  # warm-up, and what the answers are compared by
         process.ask(**told, save=str(folder / f"{name}.npy"))
     ours = np.load(folder / "ours.npy")

@@ -1,4 +1,8 @@
-"""raymill's side of the point-in-time benchmark: from Parquet parts to a float32 matrix in shared memory."""
+"""raymill's side of the point-in-time benchmark: from the lake's parts to a float32 matrix in shared memory.
+
+`latest`, `windows`: this process alone, the matrix copied into one segment that is kept, as an object store keeps its.
+`sharded`: over actors of Ray, one thread each, the matrix put into Ray's object store.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +14,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.ours.point_in_time_plans import NEWEST, WINDOWS
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.point_in_time import join
-from raymill.runtime.expressions import col
-from raymill.runtime.spec import Col, FeatureView, Source
+from raymill.actors.shards import FeatureShards
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 from answering import answer
 
-VALUES = [f"x{i}" for i in range(10)]
-SCHEMA = {
-    "id": Col("int64"),
-    "at": Col("timestamp"),
-    "known": Col("timestamp"),
-    "entity": Col("int64"),
-    **{c: Col("float64") for c in VALUES},
-}
-AT_ONCE = Source("events", key=["id"], time="at", schema=SCHEMA)
-LATER = Source("events", key=["id"], time="at", known_at="known", schema=SCHEMA)
-NEWEST = FeaturePlan.of_views([FeatureView("newest", AT_ONCE, entity="entity", features=VALUES)], AT_ONCE)
-TOTALS = {
-    "mean_6h": col("x0").mean("6h"),
-    "mean_7d": col("x0").mean("7d"),
-    "count_6h": col("x0").count("6h"),
-    "count_7d": col("x0").count("7d"),
-}
-WINDOWS = FeaturePlan.of_views([FeatureView("windows", LATER, entity="entity", features=TOTALS)], LATER)
-
 memory: SharedMemory | None = None
+gangs: dict[int, FeatureShards] = {}
 
 
 def shared(plan: FeaturePlan, told: dict[str, Any]) -> Any:
-    """The matrix, copied into one segment that is kept, as an object store keeps its."""
+    """The matrix in shared memory."""
     global memory
     events = Lake(told["lake"]).parts(told["table"], by="at")
     x = join(pq.read_table(told["labels"]), plan, {"events": events}, at="at")
@@ -53,7 +39,40 @@ def shared(plan: FeaturePlan, told: dict[str, Any]) -> Any:
     return there.copy if told.get("save") else None
 
 
-answer({"latest": lambda told: shared(NEWEST, told), "windows": lambda told: shared(WINDOWS, told)})
+def start_shards(told: dict[str, Any]) -> None:
+    """Gangs of these sizes, before anything is timed."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, num_cpus=max(told["gangs"]), log_to_driver=False)
+    for count in told["gangs"]:
+        gangs[count] = FeatureShards(told["lake"], count)
+
+
+def sharded(told: dict[str, Any]) -> Any:
+    """The matrix in Ray's object store, by `shards` actors."""
+    import ray
+
+    plan = WINDOWS if told["windows"] else NEWEST
+    version = Lake(told["lake"]).version("events")
+    x = gangs[told["shards"]].join(pq.read_table(told["labels"]), plan, {"events": version or 0}, at="at")
+    ray.put(x)
+    return x if told.get("save") else None
+
+
+answer(
+    {
+        "latest": lambda told: shared(NEWEST, told),
+        "windows": lambda told: shared(WINDOWS, told),
+        "start_shards": start_shards,
+        "sharded": sharded,
+    }
+)
 if memory is not None:
     memory.close()
     memory.unlink()
+for gang in gangs.values():
+    gang.close()
+if gangs:
+    import ray
+
+    ray.shutdown()
