@@ -19,20 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from raymill.actors.contract import REJECTED_SCHEMA, Checked, check
 from raymill.actors.known import Known
-from raymill.actors.lake import Lake
+from raymill.actors.lake import ATTEMPTS, Lake
 from raymill.actors.quarantine import LOG, MEDIA, TABLE, Quarantine
 from raymill.actors.quarantine_life import Entry, State, Step, next_step
 from raymill.actors.row_refs import shared, table_of
 from raymill.actors.row_text import checksums_in, rows_of
 from raymill.actors.sources import between, file_batches, read_rows
-from raymill.runtime.errors import Conflict, ContractError, SpecError
+from raymill.runtime.errors import Conflict, ContractError, SpecError, StoreError
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested
 from raymill.runtime.spec import Source
@@ -42,6 +42,13 @@ SEEDED = "seeded-"
 """Batches whose id begins so hold rows that were corrupted on purpose; `tally` counts them apart."""
 
 _RESERVED = (TABLE, LOG, MEDIA, "predictions")
+
+
+T = TypeVar("T")
+
+
+class _Overtaken(Exception):
+    """The table has moved on since the keys in it were looked up."""
 
 
 class DataActor:
@@ -99,19 +106,7 @@ class DataActor:
         declared = self._declared(source)
         table = table_of(rows)
         with self._turn(source):
-            appended = self._lake.batch_rows(source, batch_id)
-            before = self._held.refused_before(source, batch_id, table)
-            if appended is None:
-                checked = check(table, declared, self._known.look_up(declared), at=at, before=before)
-                self._held.put(source, batch_id, checked.rejected, checked.blobs, at)
-                version = self._append(declared, checked.accepted, batch_id)
-            else:  # the lake holds the batch's own keys now: the verdict is the one that was given then
-                checked = check(table, declared, before=before)
-                _refuse_other_rows(source, batch_id, checked, appended)
-                version = self._lake.version(source) or 0
-            done = _ingested(source, batch_id, checked, version, duplicate=appended is not None)
-            if done.duplicate and before is not None:
-                done = replace(done, rows_ref=shared(self._with_mended(declared, batch_id, checked.accepted)))
+            done = _until_alone(lambda: self._take(declared, table, batch_id, at))
             self._tell(done, at)
         return done
 
@@ -185,8 +180,8 @@ class DataActor:
             chosen = [e for e in self._held.quarantine(ids) if e.state is State.OPEN]
             for name in {e.source for e in chosen}:
                 self._declared(name)
-            batches = self._held.begin(chosen, among=self._sources.keys())
-            return [self._land(batch_id, entries) for batch_id, entries in batches.items()]
+            self._held.begin(chosen)
+            return _until_alone(self._land_all)
 
     def settle(self, batch_id: str) -> int:
         """Close the rows of a reingest whose batch is in the lake; how many."""
@@ -222,6 +217,27 @@ class DataActor:
             raise ContractError(f"source {source!r} is not declared; this pipeline has {sorted(self._sources)}")
         return self._sources[source]
 
+    def _take(self, source: Source, rows: pa.Table, batch_id: str, at: int | None) -> Ingested:
+        """One try of a batch; raises `_Overtaken` where another host appended to the table meanwhile."""
+        appended = self._lake.batch_rows(source.name, batch_id)
+        before = self._held.refused_before(source.name, batch_id, rows)
+        if appended is None:
+            checked = check(rows, source, self._known.look_up(source), at=at, before=before)
+            self._held.put(source.name, batch_id, checked.rejected, checked.blobs, at)
+            version = self._append(source, checked.accepted, batch_id)
+        else:  # the lake holds the batch's own keys now: the verdict is the one that was given then
+            checked = check(rows, source, before=before)
+            _refuse_other_rows(source.name, batch_id, checked, appended)
+            version = self._lake.version(source.name) or 0
+        done = _ingested(source.name, batch_id, checked, version, duplicate=appended is not None)
+        if done.duplicate and before is not None:
+            return replace(done, rows_ref=shared(self._with_mended(source, batch_id, checked.accepted)))
+        return done
+
+    def _land_all(self) -> list[Ingested]:
+        batches = self._held.begun(self._sources.keys())
+        return [self._land(batch_id, entries) for batch_id, entries in batches.items()]
+
     def _land(self, batch_id: str, entries: Sequence[Entry]) -> Ingested:
         """Append the rows of a reingest that pass; the others are told first, so that the batch holds all the rest."""
         declared = self._declared(entries[0].source)
@@ -253,7 +269,11 @@ class DataActor:
         return pa.concat_tables([accepted, check(rows, source, before=strange, whole=False).accepted])
 
     def _append(self, source: Source, accepted: pa.Table, batch_id: str) -> int:
-        version = self._lake.append(source.name, accepted, batch_id=batch_id, by=source.time)
+        after = self._known.version(source)
+        try:
+            version = self._lake.append(source.name, accepted, batch_id=batch_id, after=after, by=source.time)
+        except Conflict as err:
+            raise _Overtaken from err
         self._known.appended(source, accepted, version)
         return version
 
@@ -284,6 +304,16 @@ class DataActor:
                 )
             ]
         )
+
+
+def _until_alone(work: Callable[[], T]) -> T:
+    """What `work` gives, tried again where another host's writer came between its look at the lake and its append."""
+    for _ in range(ATTEMPTS):
+        try:
+            return work()
+        except _Overtaken as err:
+            last = err
+    raise StoreError(f"{ATTEMPTS} times another writer was first ({last.__cause__}): send the batch again") from last
 
 
 def _ingested(source: str, batch_id: str, checked: Checked, version: int, *, duplicate: bool) -> Ingested:

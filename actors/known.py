@@ -47,6 +47,10 @@ class Known:
         self._indexes[source.name] = (version, index)
         return index
 
+    def version(self, source: Source) -> int:
+        """Version of the table for which the keys were looked up; one that is made now begins at 0."""
+        return self._indexes[source.name][0] or 0
+
     def appended(self, source: Source, rows: pa.Table, version: int) -> None:
         """Take note of rows that this process has appended, which made that version of the table."""
         _, index = self._indexes[source.name]

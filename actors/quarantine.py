@@ -179,21 +179,20 @@ class Quarantine:
             self.tell([next_step(e, Step.DISCARDED, reason=why) for e in found])
         return len(found)
 
-    def begin(self, chosen: Sequence[Entry], *, among: Collection[str]) -> dict[str, list[Entry]]:
-        """Put open entries into batches to land, after those of these sources that were begun before and not ended.
-
-        Batch id → its entries, all of one source. Only within `turn()`.
-        """
-        batches: dict[str, list[Entry]] = {}
-        for entry in self._pending():
-            if entry.source in among:
-                batches.setdefault(entry.landing, []).append(entry)
+    def begin(self, chosen: Sequence[Entry]) -> None:
+        """Put open entries into batches to land, each of one source; only within `turn()`."""
         for source in sorted({e.source for e in chosen}):
             rows = [e for e in chosen if e.source == source]
             for part in (rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)):
                 batch_id = landing_id(part)
                 self.tell([next_step(e, Step.BEGUN, batch_id=batch_id) for e in part])
-                batches[batch_id] = self.quarantine([e.id for e in part])
+
+    def begun(self, sources: Collection[str]) -> dict[str, list[Entry]]:
+        """Batch id → entries, of all that was begun for these sources and not ended."""
+        batches: dict[str, list[Entry]] = {}
+        for entry in self._pending():
+            if entry.source in sources:
+                batches.setdefault(entry.landing, []).append(entry)
         return batches
 
     def landing(self, batch_id: str) -> list[Entry]:

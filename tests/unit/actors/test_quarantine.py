@@ -286,6 +286,46 @@ def test_a_row_of_before_a_change_of_columns_is_mended_to_the_present_ones(tmp_p
     assert reingested(actor, [entry.id])[0].accepted == 1
 
 
+def overtaken_by(home, act):
+    """A data actor of another host on the same lake, whose first append `act` comes before."""
+
+    class Slow(Lake):
+        acted = False
+
+        def append(self, table, rows, **more):
+            if table == "flights" and not Slow.acted:
+                Slow.acted = True
+                act()
+            return super().append(table, rows, **more)
+
+    (home / "other").mkdir()
+    (home / "other" / "lake").symlink_to(home / "lake")
+    actor = started(home / "other")
+    actor._lake = actor._known._lake = Slow(home / "lake")
+    return actor
+
+
+def test_two_hosts_that_append_at_once_never_take_the_same_key_twice(tmp_path):
+    here = started(tmp_path)
+    here.ingest("flights", flights((1, 1.0, None)), batch_id="a")
+    other = overtaken_by(tmp_path, lambda: here.ingest("flights", flights((2, 1.0, None)), batch_id="b"))
+    done = other.ingest("flights", flights((2, 1.0, None), (3, 1.0, None), (4, -1.0, None)), batch_id="c")
+    assert (done.accepted, done.quarantined) == (1, {"duplicate_key": 1, "range:wind": 1})
+    assert in_lake(tmp_path) == {1: 1.0, 2: 1.0, 3: 1.0} and len(here.quarantine()) == 2
+
+
+def test_a_reingest_that_another_host_overtakes_looks_again(tmp_path):
+    here = started(tmp_path)
+    here.ingest("flights", flights((1, -1.0, None), (2, -1.0, None), (3, -1.0, None)), batch_id="a")
+    ids = [e.id for e in here.quarantine()]
+    here.fix({e.id: {"wind": 5} for e in here.quarantine() if json.loads(e.row)["id"] < 3})
+    other = overtaken_by(tmp_path, lambda: here.ingest("flights", flights((2, 1.0, None)), batch_id="b"))
+    (done,) = reingested(other, ids)
+    assert (done.accepted, done.quarantined) == (1, {"duplicate_key": 1})
+    assert in_lake(tmp_path) == {1: 5.0, 2: 1.0}
+    assert Counter(e.reason for e in here.quarantine(state=State.OPEN)) == {"duplicate_key": 1, "range:wind": 1}
+
+
 def test_the_log_is_a_lake_table_of_its_own_that_no_source_may_have(tmp_path):
     actor = started(tmp_path)
     actor.ingest("flights", flights((1, -1.0, None)), batch_id="a")
