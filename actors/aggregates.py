@@ -75,6 +75,7 @@ def newest(
         at: moment of each row, µs.
         out: filled for `rows`, NaN for null.
     """
+    versions = kind == LAST and _has_versions(time, key_hash)
     best = -1
     added = 0
     for row in rows:
@@ -86,7 +87,7 @@ def newest(
             if (kind != LAST or values[i] == values[i]) and (best < 0 or _newer(time, known, i, best)):
                 best = i
             added += 1
-        if kind == LAST and best >= 0 and replaced(time, known, key_hash, best, t):  # by a null: who was before?
+        if versions and best >= 0 and replaced(time, known, key_hash, best, t):  # by a null: who was before?
             best = -1
             for p in range(added):
                 i = order[p]
@@ -118,6 +119,7 @@ def extreme(
     out: Floats,
 ) -> None:
     """MIN and MAX: a heap whose top is thrown away while it is too old or replaced (such an event never comes back)."""
+    versions = _has_versions(time, key_hash)
     sign = 1.0 if kind == MIN else -1.0
     heap = np.empty(len(time), np.int64)
     size = 0
@@ -138,7 +140,7 @@ def extreme(
                     place = (place - 1) // 2
                 heap[place] = i
             added += 1
-        while size > 0 and (time[heap[0]] <= edge or replaced(time, known, key_hash, heap[0], t)):
+        while size > 0 and (time[heap[0]] <= edge or (versions and replaced(time, known, key_hash, heap[0], t))):
             size -= 1
             _sift(heap, size, values, sign)
         out[row] = values[heap[0]] if size > 0 else np.nan
@@ -175,8 +177,13 @@ def total(
     at: Ints,
     out: Floats,
 ) -> None:
-    """COUNT, SUM, MEAN and STD. In the sums at a row are the events known, in the window and not replaced then."""
-    state = _NOTHING
+    """COUNT, SUM, MEAN and STD. In the sums at a row are the events known, in the window and not replaced then.
+
+    The sums are local numbers, and entities without corrections are not asked for them: else this takes twice as long.
+    """
+    versions = _has_versions(time, key_hash)
+    count = huge = high = low = np.int64(0)  # huge: how many of them are too large
+    squares = np.zeros(4 if kind == STD else 0, np.int64)
     gone = 0
     added = 0
     previous = BEFORE_ALL
@@ -184,9 +191,19 @@ def total(
         t = at[row]
         edge = t - width
         while gone < len(time) and time[gone] <= edge:
+            v = values[gone]
             # What was known at the row before is in the sums, unless replaced: it was in the window, or had gone.
-            if max(time[gone], known[gone]) <= previous and not replaced(time, known, key_hash, gone, previous):
-                state = _moved(state, values[gone], -1, kind)
+            there = v == v and max(time[gone], known[gone]) <= previous
+            if there and not (versions and replaced(time, known, key_hash, gone, previous)):
+                count -= 1
+                if abs(v) >= LARGEST:
+                    huge -= 1
+                else:
+                    fixed = np.int64(np.rint(v * FIXED))
+                    high -= fixed >> 32
+                    low -= fixed & _MASK
+                    if kind == STD:
+                        _square(squares, abs(fixed), -1)
             gone += 1
         while added < len(order):
             i = order[added]
@@ -195,47 +212,66 @@ def total(
             added += 1
             if time[i] <= edge:
                 continue
-            p = i - 1
-            if p >= 0 and time[p] == time[i] and key_hash[p] == key_hash[i] and max(time[p], known[p]) <= previous:
-                state = _moved(state, values[p], -1, kind)  # i corrects it
-            if not replaced(time, known, key_hash, i, t):
-                state = _moved(state, values[i], 1, kind)
+            if versions:
+                if i > 0 and replaced(time, known, key_hash, i - 1, t) and max(time[i - 1], known[i - 1]) <= previous:
+                    old = _taken(values[i - 1], squares)
+                    count, huge, high, low = count - old[0], huge - old[1], high - old[2], low - old[3]
+                if replaced(time, known, key_hash, i, t):
+                    continue
+            v = values[i]
+            if v == v:
+                count += 1
+                if abs(v) >= LARGEST:
+                    huge += 1
+                else:
+                    fixed = np.int64(np.rint(v * FIXED))
+                    high += fixed >> 32
+                    low += fixed & _MASK
+                    if kind == STD:
+                        _square(squares, abs(fixed), 1)
         previous = t
-        out[row] = _result(state, kind)
-
-
-_NOTHING: tuple[Any, ...] = (np.int64(0),) * 8
-"""Count, count of values too large, high and low word of the sum, four words of the sum of squares."""
+        out[row] = _result((count, huge, high, low), squares, kind)
 
 
 @njit(cache=True, nogil=True)
-def _moved(state: tuple[Any, ...], v: float, sign: int, kind: int) -> tuple[Any, ...]:
-    """The sums with a value more (sign 1) or less (−1)."""
-    count, huge, high, low, a, b, c, d = state
+def _has_versions(time: Ints, key_hash: Ints) -> bool:
+    """Whether any event is a correction of another."""
+    for i in range(1, len(time)):  # noqa: SIM110 (numba knows no generators)
+        if time[i] == time[i - 1] and key_hash[i] == key_hash[i - 1]:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _taken(v: float, squares: Ints) -> tuple[Any, ...]:
+    """What a value that was replaced gave to the sums; from the squares it is taken."""
     if v != v:
-        return state
+        return np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     if abs(v) >= LARGEST:
-        return count + sign, huge + sign, high, low, a, b, c, d
+        return np.int64(1), np.int64(1), np.int64(0), np.int64(0)
     fixed = np.int64(np.rint(v * FIXED))
-    high += sign * (fixed >> 32)
-    low += sign * (fixed & _MASK)
-    if kind == STD:
-        magnitude = abs(fixed)
-        upper, lower = magnitude >> 32, magnitude & _MASK
-        square = np.uint64(lower) * np.uint64(lower)
-        cross = 2 * upper * lower
-        top = upper * upper
-        a += sign * np.int64(square & np.uint64(_MASK))
-        b += sign * (np.int64(square >> np.uint64(32)) + (cross & _MASK))
-        c += sign * ((cross >> 32) + (top & _MASK))
-        d += sign * (top >> 32)
-    return count + sign, huge, high, low, a, b, c, d
+    if len(squares) > 0:
+        _square(squares, abs(fixed), -1)
+    return np.int64(1), np.int64(0), fixed >> 32, fixed & _MASK
 
 
 @njit(cache=True, nogil=True)
-def _result(state: tuple[Any, ...], kind: int) -> float:
+def _square(words: Ints, magnitude: int, sign: int) -> None:
+    """Add a number's square to the words, or take it away."""
+    upper, lower = magnitude >> 32, magnitude & _MASK
+    square = np.uint64(lower) * np.uint64(lower)
+    cross = 2 * upper * lower
+    top = upper * upper
+    words[0] += sign * np.int64(square & np.uint64(_MASK))
+    words[1] += sign * (np.int64(square >> np.uint64(32)) + (cross & _MASK))
+    words[2] += sign * ((cross >> 32) + (top & _MASK))
+    words[3] += sign * (top >> 32)
+
+
+@njit(cache=True, nogil=True)
+def _result(sums: tuple[Any, ...], squares: Ints, kind: int) -> float:
     """The aggregate of the sums."""
-    count, huge, high, low = state[:4]
+    count, huge, high, low = sums
     if kind == COUNT:
         return float(count)
     if huge > 0:
@@ -243,7 +279,7 @@ def _result(state: tuple[Any, ...], kind: int) -> float:
     if kind == STD:
         if count < 2:
             return np.nan
-        return math.sqrt(_spread(state) / float(count * (count - 1))) / FIXED
+        return math.sqrt(_spread(sums, squares) / float(count * (count - 1))) / FIXED
     summed = (float(high + (low >> 32)) * float(_HALF) + float(low & _MASK)) / FIXED
     if kind == SUM:
         return summed
@@ -251,13 +287,13 @@ def _result(state: tuple[Any, ...], kind: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _spread(state: tuple[Any, ...]) -> float:
-    """Count · Σx² − (Σx)², worked out in integers, rounded once."""
-    count, _, high, low, a, b, c, d = state
+def _spread(sums: tuple[Any, ...], squares: Ints) -> float:
+    """Variance times count · (count − 1): count · Σx² − (Σx)², worked out in integers, rounded once."""
+    count, _, high, low = sums
     digits = np.zeros(_DIGITS + 1, np.int64)
     carry = np.int64(0)
-    for k, word in enumerate((a, b, c, d)):
-        carry += word
+    for k in range(len(squares)):
+        carry += squares[k]
         digits[k] = carry & _MASK
         carry >>= 32
     digits[4] = carry
@@ -279,7 +315,7 @@ def _spread(state: tuple[Any, ...]) -> float:
             over += square[i + j] + root[i] * root[j]
             square[i + j] = over & np.uint64(_MASK)
             over >>= np.uint64(32)
-        square[i + 2 + 1] = over
+        square[i + 3] = over
     borrow = np.int64(0)
     for k in range(_DIGITS):
         left = digits[k] - np.int64(square[k]) - borrow
