@@ -13,6 +13,8 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.online import OnlineReader, OnlineStore
@@ -21,7 +23,7 @@ from raymill.runtime.errors import SpecError
 from raymill.runtime.expressions import AGGREGATES, col, when
 from raymill.runtime.row_functions import python
 from raymill.runtime.spec import FeatureView
-from tests.unit.actors.slow_join import EVENTS, SECOND, event, gap, table, windows_of
+from tests.unit.actors.slow_join import EVENTS, SECOND, event, gap, slow_aggregate, table, windows_of
 
 NULL = None
 X = col("x")
@@ -157,6 +159,21 @@ def test_std_is_of_a_sample_and_null_for_fewer_than_two_values() -> None:
 def test_std_is_exact_where_the_mean_is_large_and_the_spread_small() -> None:
     facts = [event(id=str(i), x=2.0**41 + i) for i in range(3)]
     assert one(X.std("9s"), facts, 0) == [1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**42), 2.0**42, exclude_min=True, exclude_max=True), max_size=12),
+    shift=st.sampled_from([0.0, 1e-3, -1e6, 4e11]),
+)
+def test_sum_mean_and_std_of_any_values_are_those_of_exact_arithmetic(values: list[float], shift: float) -> None:
+    values = [v + shift if abs(v + shift) < 2**42 else v for v in values]
+    facts = table([event(id=str(i), x=v) for i, v in enumerate(values)])
+    features = {name: getattr(X, name)("1s") for name in ("sum", "mean", "std")}
+    plan = FeaturePlan.of_views([FeatureView("v", EVENTS, entity="place", features=features)], EVENTS)
+    got = join(table([event()]), plan, {"events": facts}, at=np.zeros(1, dtype=np.int64))[0]
+    expected = [slow_aggregate(name, values) for name in features]
+    np.testing.assert_array_equal(got, np.array([math.nan if v is None else v for v in expected], np.float32))
 
 
 def test_sum_mean_and_std_are_null_while_a_value_too_large_to_be_exact_is_in_the_window() -> None:
