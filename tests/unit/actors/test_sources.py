@@ -1,5 +1,7 @@
 """What a source gives comes in whole and once, and what can not be read is told."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -8,6 +10,8 @@ import pytest
 from raymill.actors import sources
 from raymill.actors.contract import arrow_schema
 from raymill.actors.data import DataActor
+from raymill.actors.feed import take
+from raymill.actors.incoming import Batch
 from raymill.actors.lake import Lake
 from raymill.actors.sources import between, file_batches, read_rows
 from raymill.runtime.errors import ContractError
@@ -98,3 +102,14 @@ def test_a_file_is_the_same_by_path_and_by_url_and_its_last_batch_says_so(tmp_pa
     assert not actor.has_batch("readings", named[-1][0])
     actor.ingest_path("readings", path.as_uri())
     assert actor.has_batch("readings", named[-1][0]) and read_rows(source(read=path.as_uri())).num_rows == 9
+
+
+def test_a_batch_whose_id_stands_for_other_rows_is_quarantined_and_what_does_not_fit_as_well(tmp_path):
+    actor = started(tmp_path)
+    assert [d.accepted for d in take(actor, source(), Batch(batch_id="a", rows=rows(1, 2)))] == [2]
+    assert take(actor, source(), Batch(batch_id="a", rows=rows(3))) == []
+    for _ in range(2):
+        strange = Batch(batch_id="b", rows=rows(4).rename_columns(["id", "time", "worth"]), origin='{"file": "f"}')
+        assert [d.accepted for d in take(actor, source(), strange)] == [0]
+    held = [(e.reason, json.loads(e.row).get("file")) for e in actor.quarantine()]
+    assert held == [("batch:conflict", None), ("batch:contract_error", "f")] and actor.has_batch("readings", "b")

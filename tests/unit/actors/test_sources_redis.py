@@ -1,11 +1,14 @@
 """A Redis stream: every entry is in the lake or in quarantine, once, whoever dies; against a real server."""
 
 import json
+import threading
 import time
+from functools import partial
 
 import pytest
 import redis
 
+from raymill.actors import feed as feed_module
 from raymill.actors.data import DataActor
 from raymill.actors.feed import Feed, reach, take
 from raymill.actors.lake import Lake
@@ -160,7 +163,7 @@ def test_a_batch_that_is_too_old_is_quarantined_row_by_row_and_the_next_one_come
     assert [e.reason for e in data.quarantine()] == ["batch:contract_error"] * 2 and ids(tmp_path) == [2]
 
 
-def test_a_feed_goes_on_over_the_death_of_the_server_and_takes_in_no_more_than_it_can(server, client, tmp_path):
+def test_a_feed_goes_on_over_the_death_of_the_server(server, client, tmp_path):
     told = declared(server)
     data = started(tmp_path, told)
     feed = Feed([told], data)
@@ -177,6 +180,37 @@ def test_a_feed_goes_on_over_the_death_of_the_server_and_takes_in_no_more_than_i
     feed.stop()
     assert ids(tmp_path) == [*range(80)] and data.quarantine() == []
     assert feed.health()["sources"]["readings"]["state"] == "stopped"
+
+
+class SlowData(DataActor):
+    """A data actor that waits for a sign before it takes a batch in."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sign = threading.Semaphore(0)
+
+    def ingest(self, *args, **kwargs):
+        self.sign.acquire()
+        return super().ingest(*args, **kwargs)
+
+
+def test_what_comes_faster_than_it_is_taken_in_waits_in_redis(server, client, monkeypatch, tmp_path):
+    monkeypatch.setattr(feed_module, "RedisGroup", partial(RedisGroup, max_rows=3))
+    told = declared(server)
+    data = SlowData(str(tmp_path), [told], lambda events: None, "p")
+    feed = Feed([told], data)
+    send(client, *range(30))
+    feed.start()
+    until(lambda: feed.health()["sources"]["readings"]["state"] == "taking")
+    for taken in (0, 3, 6):
+        until(lambda taken=taken: feed.health()["sources"]["readings"]["rows"] == taken)
+        until(lambda: client.xpending("events", "raymill")["pending"] == 3)
+        data.sign.release()
+    for _ in range(10):
+        data.sign.release()
+    until(lambda: feed.health()["sources"]["readings"]["rows"] == 30)
+    feed.stop()
+    assert ids(tmp_path) == [*range(30)]
 
 
 def test_a_server_that_is_away_or_refuses_is_told_without_the_password(server, client, monkeypatch):
