@@ -108,7 +108,10 @@ def read_arrow(body: bytes, model: ModelSpec, now_us: int, at: str | None = None
         TooLarge: more than `MAX_REQUEST_ROWS` rows.
     """
     table = _read_stream(body)
-    names = table.column_names
+    try:
+        names = table.column_names
+    except UnicodeDecodeError as err:
+        raise RequestError(f"a column's name is no UTF-8 ({err}): send names as text") from err
     if len(set(names)) != len(names):
         raise ContractError(f"the table names a column twice: {sorted({n for n in names if names.count(n) > 1})}")
     raw = {name: table.column(name) for name in names}
