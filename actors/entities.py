@@ -10,13 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymill.actors.code_cache import FROM_ROWS, cached, encoded, keep
 from raymill.actors.evaluate import Ints, moments
 from raymill.actors.feature_plan import ViewPlan
 from raymill.actors.merge import densify
-from raymill.actors.parts import Parts, Rows
+from raymill.actors.parts import Block, Parts, Rows
 from raymill.actors.windows import NEVER, hash_bytes, hash_numbers
 from raymill.runtime.errors import ContractError
 
+_NO_CODE = np.iinfo(np.uint32).max
 _DENSE = 1 << 22
 """Numbers up to this are taken for dense; larger ones are numbered anew."""
 
@@ -45,8 +47,37 @@ def number(view: ViewPlan, events: Rows | Parts, rows: pa.Table) -> Numbered:
         asked = _integers(entity_column(rows, view.entity[0], view.source.dtypes[view.entity[0]]), NEVER)
         codes = [events.numbers(b, view.entity[0]) for b in blocks]
         return Numbered(list(codes), span[0], span[1] - span[0] + 1, _shifted(asked, *span))
+    if isinstance(events, Parts) and blocks and max(b.rows for b in blocks) >= FROM_ROWS:
+        return _from_codes(view, events, blocks, rows)
     whole, asked, groups = entity_codes(view, events.table(view.entity), rows)
     return Numbered([whole[b.first : b.first + b.rows] for b in blocks], 0, groups, asked)
+
+
+def _from_codes(view: ViewPlan, events: Parts, blocks: list[Block], rows: pa.Table) -> Numbered:
+    """Number what the parts hold by the codes kept beside them: only distinct entities are looked at."""
+    events.check(view.entity)
+    found = [_codes_of(view, events, block) for block in blocks]
+    entities = pa.concat_tables([e.select(list(view.entity)) for _, e in found], promote_options="permissive")
+    numbers, asked, groups = entity_codes(view, entities, rows)
+    codes: list[Ints | npt.NDArray[np.uint32]] = []
+    first = 0
+    for own, distinct in found:
+        mine = np.append(numbers[first : first + len(distinct)], _NO_CODE).astype(np.uint32)
+        codes.append(mine[own])
+        first += len(distinct)
+    return Numbered(codes, 0, groups, asked)
+
+
+def _codes_of(view: ViewPlan, events: Parts, block: Block) -> tuple[npt.NDArray[np.uint32], pa.Table]:
+    kept = cached(events, block, view.entity)
+    if kept is not None:
+        return kept
+    table = events.read(block, view.entity)
+    codes, _, _ = entity_codes(view, table, table.slice(0, 0))
+    made = encoded(codes, table)
+    if block.rows >= FROM_ROWS:
+        keep(events, block, view.entity, *made)
+    return made
 
 
 def _span(view: ViewPlan, events: Rows | Parts) -> tuple[int, int] | None:

@@ -244,6 +244,10 @@ class Parts(_Columns):
             return None
         return int(found.min_raw), int(found.max_raw)
 
+    def path(self, block: Block) -> str:
+        """File that the block lies in."""
+        return self._paths[block.origin[0]]
+
     def release(self) -> None:
         """Let go of the mapped files, and with them of the memory that their pages take; they are mapped anew."""
         self._mapped = {}
