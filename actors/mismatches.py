@@ -76,7 +76,8 @@ class ServedRows:
         for source in plan.sources:
             version = versions.get(source)
             since = None if chosen is None else reach(plan, source, first)
-            table = events_of(self.lake, plan, source, version or self.pinned[source], last, since)
+            known = self.pinned[source] if version is None else version
+            table = events_of(self.lake, plan, source, known, last, since)
             tables[source] = table.slice(0, 0) if version is None else table
         rows = self.rows if chosen is None else self.rows.take(pa.array(chosen))
         return join(rows, plan, tables, at=at), tables

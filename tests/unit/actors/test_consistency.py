@@ -99,6 +99,31 @@ def test_a_state_whose_version_was_vacuumed_is_not_examined_and_nobody_is_accuse
     assert finding.causes == {"unexamined": 1}
 
 
+def test_where_the_states_run_out_nobody_is_accused(shop, monkeypatch):
+    monkeypatch.setattr("raymill.actors.recompute.STATES", 1)
+    version = shop.train()
+    shop.arrive(sales(60, 61), "lost", seen=False)
+    shop.serve(sales(61), version)
+    found = shop.recompute.check("shop")
+    assert found.features[0].causes == {"unexamined": 1} and found.alert
+
+
+def test_the_definitions_are_those_of_the_version_that_answered(shop):
+    before, after = shop.train("30m"), shop.train("10m")
+    rows = sales(*range(40, 60))
+    shop.serve(rows, before, prefix="before")
+    other = FeatureActor(shop.home, pipeline_of("10m"), shop.records.append)
+    other.start()
+    at = rows["sold"].cast(pa.int64()).to_numpy() + MINUTE // 2
+    shop.serve(rows, after, x=other.vectors(rows, at), prefix="after")
+    other.stop()
+    found = shop.recompute.check("shop")
+    assert (found.rows, found.mismatched) == (40, 0)
+    told = [e["data"] for e in shop.records.events("features.observed")]
+    observed = {data["feature_hashes"]["shop.sum"]: data["rows"] for data in told}
+    assert observed == {pipeline_of(w).feature_hashes["shop.sum"]: 20 for w in ("30m", "10m")}
+
+
 def test_vectors_of_another_width_are_an_alarm(shop):
     shop.serve(sales(58), shop.train(), x=np.zeros((1, 3), np.float32))
     found = shop.recompute.check("shop")
