@@ -110,13 +110,13 @@ def test_arrow_that_does_not_fit_is_refused(columns):
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.none()))
 
 
-@settings(max_examples=150)
 def test_a_column_whose_name_is_no_text_is_refused():
     stream = wire.write_stream(pa.table({"zone": ["a"], "miles": [1.0]}))
     with pytest.raises(RequestError, match="name is no UTF-8"):
         wire.read_arrow(stream.replace(b"miles", b"m\xe8les"), SPEC, NOW)
 
 
+@settings(max_examples=150)
 @given(st.lists(st.dictionaries(st.sampled_from([*COLUMNS, "id", "at", "x"]), VALUES), max_size=4), VALUES)
 def test_whatever_json_comes_the_error_is_ours(rows, at):
     try:
