@@ -4,9 +4,9 @@ The work: 1 M labels × 10 M events of 100,000 entities over 90 days, 10 columns
 label gets its entity's newest values (`vs_*`; `unsorted_vs_*`: the events shuffled), or mean and count over 6 h and 7 d
 of what was known then (`windows_vs_*`). Feast: 100 k × 1 M, without windows, which it has not.
 
-Beside that: the same over one and two actors of Ray, one thread each (`scaling_2_vs_1`, `windows_scaling_2_vs_1`), and
-newest values and windows of a table of five times the memory it is given (`larger_than_memory`: what the process grew
-by, mapped files included).
+Beside that: the same with strings for entities (`by_name_first_s`: before their codes lie beside the parts); over one
+and two actors of Ray, one thread each (`scaling_2_vs_1`, `windows_scaling_2_vs_1`); newest values and windows of a
+table of five times the memory it is given (`larger_than_memory`: what the process grew by, mapped files included).
 
 Stored forms: ours, a Delta table written by appends to the lake, whatever reading it takes included, to a float32
 matrix copied into shared memory, as Ray's object store would hold it; the peers' own best, said in
@@ -118,12 +118,19 @@ def stored(folder: Path, labels: int, events: int, entities: int) -> dict[str, s
             "entity": pa.array(dice.integers(0, entities, labels)),
         }
     )
+    names = pa.array([f"entity-{i}" for i in range(entities)])
     made = {"events": table, "labels": asked, "shuffled": table.take(pa.array(dice.permutation(events)))}
     lake = Lake(folder / "lake")
     for name, rows in made.items():
         pq.write_table(rows, folder / f"{name}.parquet", row_group_size=1 << 20)
         for i, first in enumerate(range(0, len(rows), 1 << 20)):
             lake.append(name, rows.slice(first, 1 << 20), batch_id=str(i))
+    named = table.append_column("name", names.take(table.column("entity").combine_chunks()))
+    for first in range(0, events, 1 << 20):
+        lake.append("named", named.slice(first, 1 << 20), batch_id=str(first))
+    asked = asked.append_column("name", names.take(asked.column("entity").combine_chunks()))
+    pq.write_table(asked, folder / "named_labels.parquet")
+    made["named_labels"] = asked
     return {"lake": str(folder / "lake")} | {name: str(folder / f"{name}.parquet") for name in made}
 
 
@@ -142,6 +149,7 @@ def body(quick: bool) -> Outcome:
                 (_told("latest", files) | _shuffled(files), "unsorted_"),
             ):
                 _measure(outcome, processes, told, prefix, folder, repetitions)
+            _by_name(outcome, processes["ours"], files, folder, repetitions)
         _scaling(outcome, files, folder, repetitions)
         outcome.ours["larger_than_memory"] = _larger_than_memory(files)
         outcome.ratios["table_to_grown"] = outcome.ours["larger_than_memory"]["table_to_grown"]
@@ -161,6 +169,19 @@ def _told(task: str, files: dict[str, str]) -> dict[str, Any]:
 
 def _shuffled(files: dict[str, str]) -> dict[str, Any]:
     return {"table": "shuffled", "events": files["shuffled"], "sorted": False}
+
+
+def _by_name(outcome: Outcome, ours: Process, files: dict[str, str], folder: Path, repetitions: int) -> None:
+    """Ours with strings for entities: the first time, which keeps their codes beside the parts, and later."""
+    told = _told("by_name", files) | {"table": "named", "labels": files["named_labels"]}
+    outcome.ours["by_name_first_s"] = ours.ask(**told)["seconds"]
+    outcome.ours["by_name_s"] = alternate({"by name": lambda: ours.ask(**told)}, repetitions).figures("by name")[
+        "seconds"
+    ]
+    ours.ask(**told, save=str(folder / "named.npy"))
+    ours.ask(**_told("latest", files), save=str(folder / "numbered.npy"))
+    found = [np.load(folder / f"{name}.npy") for name in ("named", "numbered")]
+    outcome.ours["by_name_differences"] = _differences(*found)
 
 
 def _scaling(outcome: Outcome, files: dict[str, str], folder: Path, repetitions: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.ours.point_in_time_plans import NEWEST, WINDOWS
+from benchmarks.ours.point_in_time_plans import NEWEST, NEWEST_BY_NAME, WINDOWS
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.point_in_time import join
@@ -31,7 +31,7 @@ def shared(plan: FeaturePlan, told: dict[str, Any]) -> Any:
     """The matrix in shared memory."""
     global memory
     events = Lake(told["lake"]).parts(told["table"], by="at")
-    x = join(pq.read_table(told["labels"]), plan, {"events": events}, at="at")
+    x = join(pq.read_table(told["labels"]), plan, {next(iter(plan.sources)): events}, at="at")
     if memory is None or memory.size < x.nbytes:
         memory = SharedMemory(create=True, size=x.nbytes)
     there = np.ndarray(x.shape, x.dtype, memory.buf)
@@ -63,6 +63,7 @@ answer(
     {
         "latest": lambda told: shared(NEWEST, told),
         "windows": lambda told: shared(WINDOWS, told),
+        "by_name": lambda told: shared(NEWEST_BY_NAME, told),
         "start_shards": start_shards,
         "sharded": sharded,
     }

@@ -17,6 +17,7 @@ SCHEMA = {
 COLUMNS = len(SCHEMA)
 AT_ONCE = Source("events", key=["id"], time="at", schema=SCHEMA)
 LATER = Source("events", key=["id"], time="at", known_at="known", schema=SCHEMA)
+NAMED = Source("named", key=["id"], time="at", schema={**SCHEMA, "name": Col("string")})
 TOTALS = {
     "mean_6h": col("x0").mean("6h"),
     "mean_7d": col("x0").mean("7d"),
@@ -26,6 +27,7 @@ TOTALS = {
 _NEWEST = FeatureView("newest", AT_ONCE, entity="entity", features=VALUES)
 NEWEST = FeaturePlan.of_views([_NEWEST], AT_ONCE)
 WINDOWS = FeaturePlan.of_views([FeatureView("windows", LATER, entity="entity", features=TOTALS)], LATER)
+NEWEST_BY_NAME = FeaturePlan.of_views([FeatureView("named", NAMED, entity="name", features=VALUES)], NAMED)
 NEWEST_AND_WINDOWS = FeaturePlan.of_views(
     [_NEWEST, FeatureView("windows", AT_ONCE, entity="entity", features=TOTALS)], AT_ONCE
 )
