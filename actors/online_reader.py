@@ -118,7 +118,10 @@ class OnlineReader:
             def texts(hashes: list[bytes]) -> list[bytes]:
                 wanted = [text_key(lookup, h) for h in hashes]
                 fetch(txn, wanted)
-                return [bytes(txn.get(name)) for name in wanted]
+                found = [txn.get(name) for name in wanted]
+                if None in found:  # Redis: the store was filled anew between the two questions
+                    raise Unavailable(f"online store {told(self._path)} is being filled anew: ask again")
+                return [bytes(text) for text in found]
 
             return keys_of(lookup, leaves, texts)
 

@@ -23,6 +23,8 @@ from raymill.runtime.stores import REDIS_PASSWORD, redis_secrets, shown
 
 _DIGEST = 16
 """Hex digits that name a view."""
+_OF_VIEWS = (b"v", b"n", b"s")
+"""First letters of records that a view has by the thousand: events, newest values, texts of a lookup."""
 _CONNECT_S = 2.0
 _READ_S = 2.0
 _WRITE_S = 60.0
@@ -181,8 +183,8 @@ class RedisTransaction:
             pipe.execute()
 
     def _hash(self, name: bytes) -> bytes:
-        return self._env.prefix + (name[: 1 + _DIGEST] if name[:1] in b"vn" else b"meta")
+        return self._env.prefix + (name[: 1 + _DIGEST] if name[:1] in _OF_VIEWS else b"meta")
 
     @staticmethod
     def _fields(names: Sequence[bytes]) -> list[bytes]:
-        return [n[1 + _DIGEST :] if n[:1] in b"vn" else n for n in names]
+        return [n[1 + _DIGEST :] if n[:1] in _OF_VIEWS else n for n in names]

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from raymill.actors.online import OnlineReader, OnlineStore
 from raymill.actors.point_in_time import join
 from raymill.runtime.errors import RequestError, StoreError, Unavailable
 from raymill.runtime.stores import REDIS_CA, REDIS_PASSWORD
+from tests.unit.actors import test_lookups as lookups
 from tests.unit.actors.redis_server import RedisServer, make_authority, running, tls_before
 from tests.unit.actors.test_online import (
     MINUTE,
@@ -82,6 +84,31 @@ def test_vectors_from_redis_are_those_of_the_join_bit_for_bit(url: str) -> None:
     assert np.isnan(values[2:]).all()
     with pytest.raises(RequestError, match="before"):
         ask.latest("stop", [0], 0)
+
+
+def test_looked_up_entities_come_from_redis_and_filling_anew_keeps_them_and_everything_else(url: str) -> None:
+    orders = [{"id": "o", "happened": 0, "known": 0, "order": 1, "customer": "ana"}]
+    spent = [{"id": "s", "happened": 1, "known": 1, "customer": "ana", "x": 2.0}]
+    tables = {
+        "orders": lookups.table(lookups.ORDERS, orders),
+        "spending": lookups.table(lookups.SPENDING, spent),
+    }
+    plan = FeaturePlan.of_views(lookups.VIEWS[:1], lookups.ASKS)
+    row = lookups.table(lookups.ASKS, [{"id": "q", "at": 2, "order": o} for o in (1, 2)])
+    store, ask = OnlineStore(url, plan, keep="1h"), OnlineReader(url, plan)
+    for name, rows in tables.items():
+        store.ingest(name, rows)
+    at = np.full(2, 2)
+    offline = join(row, plan, tables, at=at)
+    assert offline[0].tolist() == [2.0, 2.0, 1.0]
+    assert ask.vectors(row, at).tobytes() == offline.tobytes()
+    aged = FeaturePlan.of_views([replace(lookups.VIEWS[0], max_age="1d")], lookups.ASKS)
+    other = OnlineStore(url, aged, keep="1h")  # another version of the definition, in the same place
+    other.ingest("spending", tables["spending"], lake_version=0)
+    store.replace(tables, {"orders": 4, "spending": 5})
+    assert other.lake_version("spending") == 0
+    assert ask.vectors(row, at).tobytes() == offline.tobytes()
+    assert (store.lake_version("orders"), store.lake_version("spending")) == (4, 5)
 
 
 def test_rebuilding_drops_what_was_and_versions_and_horizon_are_kept(url: str) -> None:
