@@ -86,9 +86,9 @@ def is_answering(server: RedisServer) -> bool:
 def is_drained(server: RedisServer, sent: int) -> bool:
     """Whether the group was given everything and has acknowledged it."""
     with suppress(redis.RedisError), redis.Redis.from_url(server.url) as client:
-        [group] = client.xinfo_groups("rides")
         [(newest, _)] = client.xrevrange("rides", count=1)
-        return bool(group["last-delivered-id"] == newest and not group["pending"] and client.xlen("rides") == sent)
+        done = [g["last-delivered-id"] == newest and not g["pending"] for g in client.xinfo_groups("rides")]
+        return done == [True] and client.xlen("rides") == sent
     return False
 
 
