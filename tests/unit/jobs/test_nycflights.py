@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from raymill.actors.contract import arrow_schema, check
+from raymill.actors.contract import InLake, arrow_schema, check
 from raymill.jobs.nycflights import (
     FAULTS,
     FLIGHTS,
@@ -94,7 +94,7 @@ def test_every_seeded_row_is_refused_each_for_its_own_fault(days):
         def known(asked, keys=keys):
             return np.array([k in keys for k in zip(*(c.to_pylist() for c in asked.columns), strict=True)], np.bool_)
 
-        checked = check(rows, source, known=known)
+        checked = check(rows, source, InLake(keys=known))
         assert checked.accepted.num_rows == 0
         reasons += checked.rejected["reason"].to_pylist()
     assert Counter(reasons) == Counter(reason for _, _, reason in FAULTS)
