@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,10 @@ from raymill.actors.consistency import Cause, Explained, Vectors, agree, explain
 from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
+from raymill.actors.online import OnlineReader
 from raymill.actors.point_in_time import join
 from raymill.actors.served import LakeStates, at_of, events_of, instant, reach, request_rows, vectors
-from raymill.runtime.errors import SpecError
+from raymill.runtime.errors import RequestError, SpecError, Unavailable
 
 STATES = 24
 """States of the lake that one check reads, beside the present one, at most."""
@@ -50,9 +52,12 @@ class Definitions:
 class ServedRows:
     """Served rows of one set of definitions, and what any state of the lake gives for them."""
 
-    def __init__(self, lake: Lake, plan: FeaturePlan, part: pa.Table, pinned: dict[str, int]) -> None:
-        self.lake, self.plan, self.pinned = lake, plan, pinned
-        self.part = part
+    def __init__(
+        self, stores: tuple[Lake, str | Path | None], plan: FeaturePlan, part: pa.Table, pinned: dict[str, int]
+    ) -> None:
+        """`stores` are the lake and the place of the online store (None: it is not to be asked)."""
+        self.lake, self._online = stores
+        self.plan, self.part, self.pinned = plan, part, pinned
         self.rows = request_rows(part["row"].to_pylist(), plan)
         self.at: Ints = at_of(part)
         self.wall_s = part["wall_s"].to_numpy()
@@ -81,6 +86,18 @@ class ServedRows:
             tables[source] = table.slice(0, 0) if version is None else table
         rows = self.rows if chosen is None else self.rows.take(pa.array(chosen))
         return join(rows, plan, tables, at=at), tables
+
+    def online(self, chosen: Ints) -> Vectors | None:
+        """What the online store gives for the chosen rows now; None: it can not be asked that any more."""
+        if self._online is None:
+            return None
+        reader = OnlineReader(self._online, self.plan)
+        try:
+            return reader.vectors(self.rows.take(pa.array(chosen)), self.at[chosen])
+        except (RequestError, Unavailable):  # the moment is older than what it keeps, or it holds another plan
+            return None
+        finally:
+            reader.close()
 
 
 class Mismatches:
@@ -168,6 +185,9 @@ class Mismatches:
             given = self._there.joined(self._states.versions(state), row, other.plan)[0]
             if agree(served[:, None], given[:, [other.plan.names.index(name)]]).all():
                 return f"definition {theirs} was served, the model was trained with {mine}"
+        online = self._there.online(row)
+        if online is not None and agree(served[:, None], online[:, [self._there.plan.names.index(name)]]).all():
+            return "the online store gives it, and no state of the lake does: its records are not those of the lake"
         return (
             f"no state of the lake gives it under definition {mine}: other code, or another record in the online store"
         )

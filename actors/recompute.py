@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,9 +67,11 @@ class _Found:
 class Recompute:
     """Checks served vectors of any model against the lake; holds nothing open."""
 
-    def __init__(self, lake: Lake, records: Records) -> None:
+    def __init__(self, lake: Lake, records: Records, online: str | Path | None = None) -> None:
+        """`online` is the place of the online store; it is asked only where no state of the lake explains a value."""
         self._lake = lake
         self._records = records
+        self._online = online
 
     def check(
         self,
@@ -149,7 +152,7 @@ class Recompute:
             return
         pinned = {s: v for s in plan.sources if (v := self._lake.version(s)) is not None}
         found.pinned |= pinned
-        there = ServedRows(self._lake, plan, part, pinned)
+        there = ServedRows((self._lake, self._online), plan, part, pinned)
         now, tables = there.joined(dict(pinned), None)
         codes = self._explained(there, now, defined, found)
         for j, name in enumerate(plan.names):

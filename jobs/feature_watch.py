@@ -28,8 +28,9 @@ def check_served(world: World, run: Run) -> Consistency:
     Raises:
         StoreError: the lake can not be read.
     """
-    lake = Lake(places_of(world.home, world.pipeline.stores).lake)
-    return Recompute(lake, world.records).check(world.pipeline.name, Span(since_s=run.progress.began_s))
+    places = places_of(world.home, world.pipeline.stores)
+    recompute = Recompute(Lake(places.lake), world.records, places.online)
+    return recompute.check(world.pipeline.name, Span(since_s=run.progress.began_s))
 
 
 def features_told(world: World, run: Run, end: int) -> dict[str, Any]:

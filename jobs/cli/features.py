@@ -203,9 +203,8 @@ def consistency(
         if check:
             from raymill.actors.recompute import Recompute
 
-            found = [
-                Recompute(lakes.of(name), records).check(name, rows=rows).to_json() for name in readings.trained(model)
-            ]
+            checks = {n: Recompute(lakes.of(n), records, lakes.places(n).online) for n in readings.trained(model)}
+            found = [recompute.check(name, rows=rows).to_json() for name, recompute in checks.items()]
         else:
             found = readings.consistency({} if model is None else {"model": model})
 

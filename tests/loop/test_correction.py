@@ -82,7 +82,7 @@ def test_an_online_record_that_somebody_replaced_is_found_and_named(costly, host
     (judged,) = json.loads(host.raymill(*words, "--json", code=3).stdout)
     (finding,) = judged["features"]
     assert finding["feature"] == "shop.rate_7d" and finding["causes"] == {"code": 200}
-    assert "another record in the online store" in finding["why"]
+    assert "its records are not those of the lake" in finding["why"]
     assert host.document("status")["alerts"][0]["model"] == "returns-costly"
 
 

@@ -64,7 +64,7 @@ class Shop:
         self.data.start()
         self.features = FeatureActor(home, pipeline_of(), self.records.append)
         self.features.start()
-        self.recompute = Recompute(self.lake, self.records)
+        self.recompute = Recompute(self.lake, self.records, Home(home).online)
 
     def arrive(self, rows, batch_id, *, seen=True):
         done = self.data.ingest("sales", rows, batch_id=batch_id)

@@ -53,7 +53,14 @@ def test_an_online_record_that_was_replaced_is_found_and_named(shop):
     found = shop.recompute.check("shop")
     (finding,) = found.features
     assert finding.feature == "shop.sum" and finding.causes == {"code": 1} and found.alert
-    assert "another record in the online store" in finding.why and "p18" in finding.why
+    assert "its records are not those of the lake" in finding.why and "p18" in finding.why
+
+
+def test_what_neither_lake_nor_online_store_gives_is_other_code(shop):
+    rows = sales(58)
+    shop.serve(rows, shop.train(), x=np.array([[1e6, rows["price"][0].as_py() * 2]], np.float32))
+    (finding,) = shop.recompute.check("shop").features
+    assert finding.causes == {"code": 1} and "other code, or another record" in finding.why
 
 
 def test_a_definition_that_was_changed_is_found_and_named(shop):
