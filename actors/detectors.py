@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from raymill.runtime.spec import Cost
 
@@ -24,9 +23,6 @@ GROUP_US = 3_600_000_000
 
 MIN_GROUPS = 30
 """With fewer hours than this single rows are drawn: a bootstrap of a handful of groups means nothing."""
-
-_CLIP = 1e-6
-"""Probabilities are kept this far from 0 and 1 in the log-loss: one overconfident row must not decide alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +44,6 @@ def costs(p: NDArray[np.float32], y: NDArray[np.float32], threshold: float, cost
     acted = np.nan_to_num(p, nan=-np.inf) > threshold
     positive = y > 0.5
     return np.where(positive & ~acted, cost.missed, 0.0) + np.where(~positive & acted, cost.false_alarm, 0.0)
-
-
-def log_losses(p: NDArray[np.float32], y: NDArray[np.float32]) -> Floats:
-    """Log-loss per row [rows], natural logarithm; an answer that is not finite counts as certain and wrong."""
-    right = np.where(y > 0.5, p, 1 - p).astype(np.float64)
-    return np.asarray(-np.log(np.clip(np.nan_to_num(right, nan=0.0), _CLIP, 1 - _CLIP)), np.float64)
-
-
-def auc(p: NDArray[np.float32], y: NDArray[np.float32]) -> float:
-    """Area under the ROC curve; NaN if a class is missing or an answer is not finite."""
-    positive = y > 0.5
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    if not n_pos or not n_neg or not np.isfinite(p).all():
-        return float("nan")
-    ranks = rankdata(p)
-    return float((ranks[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
 def resampled_means(

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymill.actors import detectors, sketches
+from raymill.actors import detectors, scores, sketches
 from raymill.actors.alternatives import Program, alternatives, refitted, trained_until
 from raymill.actors.evaluate import columns_of, evaluate, moments
 from raymill.actors.lake import Lake
@@ -186,7 +186,7 @@ class DriftMonitor:
             best_alternative_cost=found.alternative_cost * len(judged),
             regret=found.regret,
             regret_low=found.low,
-            auc=detectors.auc(self._answers(live, judged), judged.y),
+            auc=scores.auc(self._answers(live, judged), judged.y),
             input_drift=drift,
             output_drift=output,
             retrain=retrain,
@@ -248,7 +248,7 @@ class DriftMonitor:
         found: dict[str, Any] = {
             "predictions": len(rows),
             "labelled": len(judged),
-            "auc": detectors.auc(judged.p, judged.y),
+            "auc": scores.auc(judged.p, judged.y),
             "usd": float(cost.sum()),
             "by_version": dict(zip(versions.tolist(), counts.tolist(), strict=True)),
             "baseline_auc": math.nan,
@@ -258,7 +258,7 @@ class DriftMonitor:
         baseline = next((v for v in reversed(known) if v.kind == "baseline"), None)
         if baseline is not None and len(judged):
             p = self._answers(baseline, judged)
-            found["baseline_auc"] = detectors.auc(p, judged.y)
+            found["baseline_auc"] = scores.auc(p, judged.y)
             found["baseline_usd"] = float(self._cost(p, judged, baseline.threshold).sum())
         others = self._alternative_costs(None, judged, start_at)
         cheapest = min((float(c.sum()) for c in others.values()), default=math.nan)

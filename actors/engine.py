@@ -23,7 +23,8 @@ from raymill.actors import data_order
 from raymill.actors.checkpoint import decode, encode
 from raymill.actors.data_order import Schedule
 from raymill.actors.engine_config import engine_config
-from raymill.actors.program import F32, ColumnStats, Logits, auc, build_net, export_program, log_loss, measure
+from raymill.actors.program import F32, ColumnStats, Logits, build_net, export_program, measure
+from raymill.actors.scores import auc, log_loss
 from raymill.runtime.errors import TrainingError
 from raymill.runtime.spec import Train
 

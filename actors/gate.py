@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymill.actors import detectors
+from raymill.actors import detectors, scores
 from raymill.runtime.errors import ContractError
 from raymill.runtime.spec import Cost, Monitor
 
@@ -107,8 +107,8 @@ def _lack(p: NDArray[np.float32], y: NDArray[np.float32], rules: GateRules) -> s
 
 def _scores(p: NDArray[np.float32], y: NDArray[np.float32], rules: GateRules) -> dict[str, float]:
     return {
-        "auc": detectors.auc(p, y),
-        "log_loss": float(detectors.log_losses(p, y).mean()),
+        "auc": scores.auc(p, y),
+        "log_loss": float(scores.log_losses(p, y).mean()),
         "money": float(detectors.costs(p, y, rules.cost.threshold, rules.cost).mean()),
     }
 
@@ -123,7 +123,7 @@ def _compared(
     threshold = rules.cost.threshold
     difference = np.column_stack(
         [
-            detectors.log_losses(p, y) - detectors.log_losses(other, y),
+            scores.log_losses(p, y) - scores.log_losses(other, y),
             detectors.costs(p, y, threshold, rules.cost) - detectors.costs(other, y, threshold, rules.cost),
         ]
     )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymill.actors.scores import auc, log_loss
 from raymill.actors.training_data import columns_of
 from raymill.runtime.errors import ModelError, SpecError, TrainingError
 from raymill.runtime.messages import EpochMetrics, TrainingSet, TrainResult
@@ -182,25 +183,6 @@ def _input_columns(exported: Any) -> int:
         raise ValueError(f"it has {len(names)} inputs")
     (node,) = (n for n in exported.graph.nodes if n.name == names[0])
     return int(node.meta["val"].shape[1])
-
-
-def log_loss(p: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
-    """Mean log-loss of probabilities [rows] against truths [rows]; NaN without rows."""
-    if not len(p):
-        return float("nan")
-    q = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
-    return float(-np.mean(np.where(y > 0.5, np.log(q), np.log1p(-q))))
-
-
-def auc(p: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
-    """Area under the ROC curve, ties counted half; NaN if a class is missing."""
-    late = y > 0.5
-    positives, negatives = int(late.sum()), int((~late).sum())
-    if not positives or not negatives:
-        return float("nan")
-    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2
-    return float((rank[place][late].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def baseline(training_set: TrainingSet, *, training_id: str = "baseline") -> TrainResult:

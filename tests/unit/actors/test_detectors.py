@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from raymill.actors import detectors
+from raymill.actors import detectors, scores
 from raymill.runtime.spec import Cost
 
 HOUR = detectors.GROUP_US
@@ -25,13 +25,13 @@ def test_auc_and_log_loss_agree_with_scikit_learn(seed, rows):
     p = rng.integers(0, 20, rows).astype(np.float32) / 32 + 0.1
     y = rng.integers(0, 2, rows).astype(np.float32)
     y[:2] = [0, 1]
-    assert detectors.auc(p, y) == pytest.approx(roc_auc_score(y, p))
-    assert detectors.log_losses(p, y).mean() == pytest.approx(log_loss(y, p.astype(np.float64)), rel=1e-5)
+    assert scores.auc(p, y) == pytest.approx(roc_auc_score(y, p))
+    assert scores.log_losses(p, y).mean() == pytest.approx(log_loss(y, p.astype(np.float64)), rel=1e-5)
 
 
 def test_auc_is_unknown_without_both_classes_or_with_answers_that_are_not_finite():
-    assert np.isnan(detectors.auc(np.array([0.1, 0.2], np.float32), np.ones(2, np.float32)))
-    assert np.isnan(detectors.auc(np.array([np.nan, 0.2], np.float32), np.array([0, 1], np.float32)))
+    assert np.isnan(scores.auc(np.array([0.1, 0.2], np.float32), np.ones(2, np.float32)))
+    assert np.isnan(scores.auc(np.array([np.nan, 0.2], np.float32), np.array([0, 1], np.float32)))
 
 
 def test_the_bootstrap_has_the_spread_of_the_mean_and_is_the_same_for_the_same_seed():

@@ -13,14 +13,13 @@ from sklearn.metrics import roc_auc_score
 from raymill.actors.program import (
     Logits,
     Prepare,
-    auc,
     baseline,
     build_net,
     export_program,
     load_program,
-    log_loss,
     measure,
 )
+from raymill.actors.scores import auc, log_loss
 from raymill.actors.training_data import columns_of
 from raymill.runtime.errors import ContractError, ModelError, SpecError, TrainingError
 from raymill.runtime.messages import Manifest, TrainingSet
