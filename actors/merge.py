@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import boolean, float64, int64, njit, types, uint32, void
 
-from raymill.actors.aggregates import LAST, MAX, MIN, NEWEST, extreme, newest, total
+from raymill.actors.aggregates import BEFORE_ALL, LAST, MAX, MIN, NEWEST, extreme, newest, total
 from raymill.actors.evaluate import Floats, Ints
 
 _INTS = types.Array(int64, 1, "C", readonly=True)
@@ -162,17 +162,19 @@ def _look(
     ties = 0
     for row in rows:
         t = at[row]
+        top = BEFORE_ALL
+        for i in range(n):  # without a branch that no processor could foresee
+            a = begin + i * width
+            top = max(top, buffer[a] if max(buffer[a], buffer[a + 1]) <= t else BEFORE_ALL)
         best = -1
         for i in range(n):
             a = begin + i * width
-            if buffer[a] > t or buffer[a + 1] > t:
+            if buffer[a] != top or buffer[a + 1] > t:
                 continue
-            if best < 0 or buffer[a] > buffer[best]:
+            if best < 0 or buffer[a + 1] > buffer[best + 1]:
                 best = a
-            elif buffer[a] == buffer[best] and buffer[a + 1] >= buffer[best + 1]:
-                if buffer[a + 1] > buffer[best + 1]:
-                    best = a
-                elif len(key_hash) == 0:
+            elif buffer[a + 1] == buffer[best + 1]:
+                if len(key_hash) == 0:
                     tied[buffer[a + 2]] = True
                     tied[buffer[best + 2]] = True
                     ties += 1
