@@ -7,6 +7,9 @@ key hash, known-at): the versions of a corrected row stand side by side.
 Exactness: an operand is rounded to 2⁻²⁰ (half to even) and added as an integer of two words, its square as one of four
 words of 32 bits; every word is a sum of what each event gave to it, so that to take an event out restores the words.
 Operands below 2⁴² and up to 2²⁹ events in a window can not overflow them. The result is rounded from these integers.
+
+numba keeps the compiled form of `windows.sweep` and `merge.sweep_groups`, which have these inlined, by the date of
+their own files: who changes something here touches those two.
 """
 
 from __future__ import annotations
