@@ -1,4 +1,4 @@
-"""The join's other ways at length: in order from files, in slices, by shards; ten thousand random cases, 0 differences."""
+"""The other ways of the join at length: in order from files, in slices, by shards; random cases, 0 differences."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def differences(seed: int, folder: Path) -> int:
     return int(((got != expected) & ~(np.isnan(got) & np.isnan(expected))).sum())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**40))
 def test_newest_values_of_events_in_order_equal_the_slow_reference(
     seed: int, tmp_path_factory: pytest.TempPathFactory
