@@ -5,6 +5,7 @@ The only place that names RAY_* variables.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,10 +46,19 @@ def client_environment(home: Home, ports: Ports, address: str, token: Path, bin_
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": path if path.split(os.pathsep)[0] == str(bin_dir) else f"{bin_dir}{os.pathsep}{path}",
-        "NUMBA_CACHE_DIR": str(home.kernels),
+        "NUMBA_CACHE_DIR": str(home.kernels / kernels_version()),
         "TORCH_EXTENSIONS_DIR": str(home.kernels / "torch_extensions"),
         **serve_environment(ports),
     }
+
+
+def kernels_version(package: Path = Path(__file__).parents[1] / "actors") -> str:
+    """Digest of the sources that have numba kernels: what was compiled of other sources is not looked at.
+
+    Numba asks only whether the file of a kernel has changed, not those of the kernels that it has taken in.
+    """
+    sources = [text for path in sorted(package.glob("*.py")) if b"njit" in (text := path.read_bytes())]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def cluster_environment(

@@ -7,6 +7,7 @@ from raymill.cluster.environment import (
     autoscaling_document,
     client_environment,
     cluster_environment,
+    kernels_version,
     serve_environment,
     serve_options,
 )
@@ -109,3 +110,14 @@ def test_every_port_that_serve_would_take_by_default_is_the_sessions_own():
         "RAY_SERVE_WORKER_PROXY_GRPC_PORT",
     }
     assert len(names) >= 8 and names <= serve_environment(PORTS).keys()
+
+
+def test_kernels_are_compiled_anew_when_any_source_with_kernels_changes(tmp_path):
+    (tmp_path / "a.py").write_text("from numba import njit")
+    (tmp_path / "b.py").write_text("from numba import njit  # called by a")
+    before = kernels_version(tmp_path)
+    (tmp_path / "c.py").write_text("no kernels")
+    assert kernels_version(tmp_path) == before
+    (tmp_path / "b.py").write_text("from numba import njit  # changed")
+    assert kernels_version(tmp_path) != before
+    assert kernels_version() != kernels_version(tmp_path)
