@@ -84,6 +84,8 @@ def _span(view: ViewPlan, events: Rows | Parts) -> tuple[int, int] | None:
     """Smallest and largest entity, where the files say them and they may be taken for dense."""
     if len(view.entity) > 1 or isinstance(events, Rows) or view.entity[0] not in events.column_names:
         return None
+    if view.source.dtypes[view.entity[0]] == "string":  # whatever the files hold is read as such
+        return None
     found = [(events.place(b, view.entity[0]), events.extremes(b, view.entity[0])) for b in events.blocks() if b.rows]
     spans = [span for place, span in found if place is not None and span is not None]
     if not spans or len(spans) < len(found):

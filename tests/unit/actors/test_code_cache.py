@@ -90,3 +90,14 @@ def test_folder_that_can_not_be_written_is_told_and_the_join_goes_on(
     monkeypatch.setattr(pa, "OSFile", full)
     assert join(table(random_rows(random.Random(2), 9)), PLAN, {"events": parts}, at=np.arange(9)).shape == (9, 5)
     assert "no space left" in caplog.text
+
+
+def test_entities_stored_as_numbers_but_declared_strings_are_strings(tmp_path: Path) -> None:
+    facts = table(random_events(random.Random(3), 30))
+    numbers = facts.set_column(facts.column_names.index("place"), "place", pa.array(np.arange(30) % 3))
+    pq.write_table(numbers, tmp_path / "a", compression="none", use_dictionary=False)
+    asked = table(random_rows(random.Random(2), 9)).set_column(3, "place", pa.array([str(i % 3) for i in range(9)]))
+    at = np.full(9, 50_000_000)
+    expected = join(asked, PLAN, {"events": numbers}, at=at)
+    assert (expected[:, 1] > 0).any() or np.isfinite(expected[:, 0]).any()
+    assert join(asked, PLAN, {"events": Parts([tmp_path / "a"])}, at=at).tobytes() == expected.tobytes()
