@@ -16,6 +16,7 @@ from raymill.runtime import (
     Budget,
     Cost,
     Drills,
+    Feature,
     FeatureView,
     Label,
     Monitor,
@@ -55,35 +56,48 @@ pipeline = Pipeline(
         FeatureView(
             "weather", WEATHER, entity="origin", max_age="3h", required=True,
             features=["humid", "wind_speed", "precip", "pressure", "visib"],
+            owner="weather desk", description="Newest hourly observation at the airport of departure", tags=["weather"],
         ),
-        FeatureView("plane", PLANES, entity="tailnum", features=["year", "seats"]),
+        FeatureView(
+            "plane", PLANES, entity="tailnum", features=["year", "seats"],
+            owner="fleet", description="What the register of planes says", tags=["plane"],
+        ),
         FeatureView(
             "aircraft", FLIGHTS, entity="tailnum",
             features={"delay": delay.last("12h"), "late_1d": late.mean("1d")},
+            owner="fleet", description="How this plane's flights went that have landed", tags=["plane", "delay"],
         ),
         FeatureView(
             "airport", FLIGHTS, entity="origin",
             features={"delay_2h": delay.mean("2h"), "delay_6h": delay.mean("6h"), "late_6h": late.mean("6h")},
+            owner="operations", description="How flights from this airport went", tags=["airport", "delay"],
         ),
         FeatureView(
             "destination", FLIGHTS, entity="dest",
             features={"late_6h": late.mean("6h"), "late_7d": late.mean("7d")},
+            owner="operations", description="How flights to this airport went", tags=["airport", "delay"],
         ),
         FeatureView(
             "carrier", FLIGHTS, entity=["carrier", "origin"],
             features={"delay_6h": delay.mean("6h"), "late_1d": late.mean("1d"), "late_28d": late.mean("28d")},
+            owner="operations", description="How this carrier's flights from here went", tags=["carrier", "delay"],
         ),
         FeatureView(
             "route", FLIGHTS, entity=["carrier", "origin", "dest"],
             features={
                 "late_7d": late.mean("7d"), "late_28d": late.mean("28d"), "delay_7d": delay.mean("7d"),
-                "flights_7d": delay.count("7d"), "distance": col("distance"),
+                "flights_7d": delay.count("7d"), "distance": Feature(col("distance"), unit="mile"),
             },
+            owner="operations", description="How this carrier's flights on this route went", tags=["route", "delay"],
         ),
-        FeatureView("number", FLIGHTS, entity=["carrier", "flight", "origin"], features={"late_28d": late.mean("28d")}),
+        FeatureView(
+            "number", FLIGHTS, entity=["carrier", "flight", "origin"], features={"late_28d": late.mean("28d")},
+            owner="operations", description="How this flight went on other days", tags=["route", "delay"],
+        ),
         OnDemand(
             "calendar",
             features={"hour": col("scheduled_departure").hour(), "weekday": col("scheduled_departure").weekday()},
+            owner="operations", description="When it is to leave, UTC", tags=["calendar"],
         ),
     ],
     label=Label("late", FLIGHTS, late),
