@@ -74,7 +74,9 @@ def test_a_killed_monitor_comes_back_with_the_same_verdict(home):
     rng = np.random.default_rng(0)
     x, at = rng.normal(size=(ROWS, 1)).astype(np.float32), np.sort(rng.integers(0, 28 * DAY, ROWS))
     moments = pa.array(at, pa.timestamp("us", "UTC"))
-    rides = pa.table({"ride": np.arange(ROWS), "t": moments, "late": (x[:, 0] > 0).astype(float), "a": x[:, 0]})
+    rides = pa.table(
+        {"ride": np.arange(ROWS), "t": moments, "late": (x[:, 0] > 0).astype(float), "a": x[:, 0].astype(float)}
+    )
     predictions = pa.table(
         {
             "id": [f"p{n}" for n in range(ROWS)],
