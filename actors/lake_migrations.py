@@ -149,7 +149,8 @@ def _told(source: Source, has: Mapping[str, Any], wanted: Mapping[str, DType]) -
         if was is not None and wanted[name] in WIDENS.get(was, ()):
             steps.append(f"Widen({name!r}, was={was!r})")
         else:
-            steps.append(f"(column {name!r} is {was} in the lake and can not become {wanted[name]}: name a new one)")
+            held = was or f"of a type that no source declares, {has[name]},"
+            steps.append(f"(column {name!r} is {held} in the lake and can not become {wanted[name]}: name a new one)")
     return (
         f"source {source.name!r} has other columns than its lake table, and its migrations do not lead there: "
         f"add to the end of `migrations`: {', '.join(steps)}"
