@@ -10,10 +10,12 @@ Invariants
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -40,6 +42,7 @@ GRACE_S = 3600.0
 """Files younger than that are never vacuumed: their commit may be on its way."""
 _ATTEMPTS = 20
 _TEXT = 64
+"""Characters of a text that the log tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,17 +282,36 @@ def _versions(found: DeltaTable) -> list[Version]:
 
 
 def _statistics(rows: pa.Table) -> dict[str, Any]:
-    """What the log says of a part: how many rows, and the extremes of whole numbers, moments and short strings."""
-    least: dict[str, Any] = {}
-    most: dict[str, Any] = {}
+    """What the log says of a part: how many rows, and of each plain column its extremes and its nulls.
+
+    Every column that has values must have extremes: deltalake passes over a part without them, as if it were nulls.
+    """
+    told: dict[str, dict[str, Any]] = {"minValues": {}, "maxValues": {}, "nullCount": {}}
     for field in rows.schema:
-        if pa.types.is_integer(field.type) or pa.types.is_timestamp(field.type) or pa.types.is_string(field.type):
-            ends = pc.min_max(rows.column(field.name)).as_py()
-            if ends["min"] is not None and all(not isinstance(e, str) or len(e) <= _TEXT for e in ends.values()):
-                least[field.name], most[field.name] = (_told(e) for e in ends.values())
-    nulls = {f.name: rows.column(f.name).null_count for f in rows.schema if not pa.types.is_nested(f.type)}
-    return {"numRecords": rows.num_rows, "minValues": least, "maxValues": most, "nullCount": nulls}
+        if not (pa.types.is_nested(field.type) or pa.types.is_binary(field.type)):
+            column = rows.column(field.name)
+            told["nullCount"][field.name] = column.null_count
+            if (ends := _ends(column)) is not None:
+                told["minValues"][field.name], told["maxValues"][field.name] = ends
+    return {"numRecords": rows.num_rows, **told}
 
 
-def _told(value: Any) -> Any:
-    return value if isinstance(value, int | str) else value.isoformat(timespec="microseconds").replace("+00:00", "Z")
+def _ends(column: pa.ChunkedArray) -> tuple[Any, Any] | None:
+    """Bounds of a column's values in the log's form, as deltalake's own writer tells them; None: it has no values."""
+    if pa.types.is_floating(column.type):
+        column = column.filter(pc.invert(pc.is_nan(column)))
+    ends = pc.min_max(column).as_py()
+    least, most = ends["min"], ends["max"]
+    if least is None:
+        return None
+    if isinstance(least, str):  # cut, a bound still: the protocol's way to close a cut one is the last code point
+        return least[:_TEXT], most if len(most) <= _TEXT else most[:_TEXT] + "\U0010ffff"
+    if isinstance(least, float):  # JSON has no infinity
+        return max(least, -sys.float_info.max), min(most, sys.float_info.max)
+    if isinstance(least, datetime):
+        return _iso(least), _iso(most)
+    return least, most
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -174,3 +174,38 @@ def test_vacuum_takes_what_a_killed_merge_left(lake: Lake, tmp_path: Path) -> No
     gone = lake.vacuum("facts", pins=(), older_than_s=0, now_s=time.time() + 2 * HOURS_S)
     assert gone.files == ["part-left.parquet"] and gone.size == 4
     assert sorted_rows(lake)["n"].to_pylist() == list(range(50))
+
+
+def test_filters_find_the_same_rows_after_a_merge_as_before_whatever_the_column(tmp_path: Path) -> None:
+    lake, n = Lake(tmp_path), 20
+    at = pa.array(np.arange(n) * 1_000_000, pa.timestamp("us", "UTC"))
+    batch = {
+        "id": [f"{i}" for i in range(n)],
+        "number": np.arange(n) * 1.5,
+        "small": pa.array(np.arange(n), pa.float32()),
+        "some": pa.array([None, float("nan"), *[7.0] * (n - 2)]),
+        "none": pa.nulls(n, pa.float64()),
+        "yes": [True] * n,
+        "text": ["x" * 300] * n,
+        "word": [None, "a"] * (n // 2),
+        "at": at,
+        "x": [[1.0]] * n,
+    }
+    for b in range(10):
+        lake.append("t", pa.table({**batch, "count": [b] * n}), batch_id=str(b), by="at")
+    filters = [
+        [("number", ">=", 0.0)], [("number", "=", 3.0)], [("number", "<", 1.0)], [("small", "in", [3.0])],
+        [("some", "=", 7.0)], [("some", ">", 8.0)], [("some", "<", 7.5)], [("none", "=", 7.0)], [("yes", "=", True)],
+        [("yes", "=", False)], [("text", "=", "x" * 300)], [("text", ">", "x" * 299)], [("text", "=", "x" * 64)],
+        [("word", "=", "a")], [("word", "!=", "a")], [("at", ">=", at[3].as_py())], [("at", "<", at[3].as_py())],
+        [("count", "=", 3)], [("number", ">=", 3.0), ("word", "=", "a"), ("count", "<", 5)],
+    ]  # fmt: skip
+
+    def found() -> list[list[str]]:
+        return [sorted(map(str, lake.read("t", columns=["id", "count"], where=w).to_pylist())) for w in filters]
+
+    before = found()
+    assert len(before[0]) == 10 * n and len(before[10]) == 10 * n and before[12] == []
+    merged = lake.compact("t", fewest=2)
+    assert merged is not None and merged.before == 10
+    assert found() == before
