@@ -24,7 +24,7 @@ import grpc
 import orjson
 
 from raymill.actors import asgi, oip_grpc
-from raymill.actors.answering import Call
+from raymill.actors.answering import Call, version_of
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
 from raymill.actors.lane import Ticket
@@ -48,7 +48,6 @@ from raymill.runtime.errors import RaymillError, Unavailable
 _log = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
-VERSION = "0.1.0"
 
 _CODES = {
     200: grpc.StatusCode.OK,
@@ -110,7 +109,7 @@ class _Methods:
         simple: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
             "ServerLive": (lambda _: ServerLiveResponse(live=True), ServerLiveRequest),
             "ServerReady": (lambda _: ServerReadyResponse(ready=_service().is_ready), ServerReadyRequest),
-            "ServerMetadata": (lambda _: oip_grpc.server_metadata(VERSION), ServerMetadataRequest),
+            "ServerMetadata": (lambda _: oip_grpc.server_metadata(), ServerMetadataRequest),
             "ModelReady": (_model_ready, ModelReadyRequest),
             "ModelMetadata": (_model_metadata, ModelMetadataRequest),
         }
@@ -180,7 +179,7 @@ def _service() -> Service:
 
 def _model_ready(request: ModelReadyRequest) -> ModelReadyResponse:
     model = _service().versions_of(request.name, request.version or None)
-    return ModelReadyResponse(ready=model.is_ready(int(request.version) if request.version else None))
+    return ModelReadyResponse(ready=model.is_ready(version_of(request.version or None)))
 
 
 def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:

@@ -25,6 +25,7 @@ from raymill.actors.wire import MAX_REQUEST_ROWS
 from raymill.runtime.errors import RequestError, TooLarge
 from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
 
+VERSION = "0.1.0"
 PLATFORM = "raymill_torch_export"
 INPUT = "features"
 EXTENSIONS = ("binary_tensor_data",)
@@ -48,9 +49,9 @@ class Infer:
     """Whether the output is to come as raw data."""
 
 
-def server_metadata(version: str) -> dict[str, Any]:
+def server_metadata() -> dict[str, Any]:
     """The document of `GET /v2`."""
-    return {"name": "raymill", "version": version, "extensions": list(EXTENSIONS)}
+    return {"name": "raymill", "version": VERSION, "extensions": list(EXTENSIONS)}
 
 
 def model_metadata(spec: ModelSpec, versions: Sequence[int]) -> dict[str, Any]:

@@ -107,9 +107,9 @@ def write_infer(spec: ModelSpec, infer: Infer, version: int, p: npt.NDArray[np.f
     return response
 
 
-def server_metadata(version: str) -> ServerMetadataResponse:
+def server_metadata() -> ServerMetadataResponse:
     """What server this is."""
-    return ServerMetadataResponse(**oip.server_metadata(version))
+    return ServerMetadataResponse(**oip.server_metadata())
 
 
 def model_metadata(spec: ModelSpec, versions: Sequence[int]) -> ModelMetadataResponse:

@@ -50,7 +50,6 @@ from raymill.runtime.records import RemoteRecords
 _log = logging.getLogger(__name__)
 
 DEPLOYMENT = "Replica"
-VERSION = "0.1.0"
 
 
 class ServingReplica:
@@ -174,7 +173,7 @@ class ServingReplica:
             case ("healthz",):
                 return asgi.json_reply({"status": "ok"})
             case ("",):
-                return asgi.json_reply({"name": "raymill", "version": VERSION, "paths": PATHS})
+                return asgi.json_reply({"name": "raymill", "version": oip.VERSION, "paths": PATHS})
         raise NoSuchPath(f"there is nothing at {'/' + '/'.join(request.parts)!r}")
 
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
@@ -254,7 +253,7 @@ class ServingReplica:
     async def _oip(self, request: Request, parts: tuple[str, ...]) -> Reply:
         match parts:
             case () if _only(request, "GET"):
-                return asgi.json_reply(oip.server_metadata(VERSION))
+                return asgi.json_reply(oip.server_metadata())
             case ("health", "live") if _only(request, "GET"):
                 return asgi.json_reply({"live": True})
             case ("health", "ready") if _only(request, "GET"):
