@@ -11,7 +11,6 @@ Invariants
 
 from __future__ import annotations
 
-import fcntl
 import threading
 import time
 from collections import Counter
@@ -37,6 +36,7 @@ from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested
 from raymill.runtime.spec import Source
 from raymill.runtime.stores import Stores, places_of
+from raymill.runtime.turns import turn
 
 SEEDED = "seeded-"
 """Batches whose id begins so hold rows that were corrupted on purpose; `tally` counts them apart."""
@@ -280,9 +280,7 @@ class DataActor:
     @contextmanager
     def _turn(self, source: str) -> Iterator[None]:
         """Alone with the source, also among processes: another pipeline may read the same one."""
-        self._locks.mkdir(parents=True, exist_ok=True)
-        with self._lock, open(self._locks / source, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self._lock, turn(self._locks / source):
             yield
 
     def _tell(self, done: Ingested, at: int | None) -> None:

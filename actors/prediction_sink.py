@@ -7,7 +7,6 @@ it was compared with, else compared again. The replicas of a host take turns by 
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 
 from raymill.actors.lake import Lake
 from raymill.runtime.errors import Conflict
+from raymill.runtime.turns import turn
 
 TABLE = "predictions"
 LOOK_BACK_US = 3_600_000_000  # a retry has the moment of the first try, or one a deadline later; rows are found by it
@@ -36,9 +36,7 @@ class LakeSink:
 
     def ship(self, segment: str, rows: pa.Table) -> None:
         """Append what is new of the segment; the monitor first, since the append is what marks it as done."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._lock, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with turn(self._lock):
             lakes: dict[Lake, list[str]] = {}
             for model in rows.column("model").unique().to_pylist():
                 lakes.setdefault(self._lake_of(model), []).append(model)

@@ -11,7 +11,6 @@ Invariants
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from raymill.actors.quarantine_life import Done, Entry, State, Step, entry_ids, 
 from raymill.actors.row_text import checksum, json_rows
 from raymill.runtime.errors import UnknownRow
 from raymill.runtime.expressions import digest
+from raymill.runtime.turns import turn
 
 TABLE, LOG, MEDIA = "quarantine", "quarantine_log", "quarantine_media"
 """Lake tables of the refused rows, of what was done to them, and of their media."""
@@ -209,9 +209,7 @@ class Quarantine:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Alone among the processes of this host; what was read before may be stale inside."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._lock, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with turn(self._lock):
             yield
 
     def _pending(self) -> list[Entry]:
