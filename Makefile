@@ -15,7 +15,7 @@ check: install          ## lint, types, unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 
 soak: install           ## the long versions of the tests
 	$(BIN)/python -m pytest tests -m soak --timeout 3600

@@ -23,7 +23,7 @@ from tests.unit.actors.test_online import PLAN, rides, small_store, table
 WRITERS = """
 import os, sys
 sys.path.insert(0, {root!r})
-from tests.unit.actors import test_online_kills as t
+from tests.actors import test_online_kills as t
 t.small_store(t.Path({path!r}) / "warm").ingest("rides", t.table(t.rides(t.random.Random(0), 5)))
 facts = t.rides(t.random.Random(6), {rows})
 print("ready", flush=True)
@@ -50,7 +50,7 @@ def write_from(path: str, facts: list[dict[str, Any]], done: int) -> None:
 def kill_writers(path: Path, kills: int) -> None:
     """Writers that follow each other, each killed at a random moment; what was acknowledged must be there."""
     facts = rides(random.Random(6), 400 * kills)
-    code = textwrap.dedent(WRITERS).format(root=str(Path(__file__).parents[3]), path=str(path), rows=len(facts))
+    code = textwrap.dedent(WRITERS).format(root=str(Path(__file__).parents[2]), path=str(path), rows=len(facts))
     dice = random.Random(time.time_ns())
     small_store(path, keep="12h").ingest("rides", table(facts[:BATCH]))
     done = BATCH
