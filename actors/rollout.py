@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymill.runtime.errors import SpecError
-from raymill.runtime.expressions import digest
+from raymill.runtime.expressions import digest, duration_us
 from raymill.runtime.messages import ModelVersion, Stage
 from raymill.runtime.spec import DType, Pipeline
 from raymill.runtime.stores import Stores
@@ -88,6 +88,8 @@ class ModelSpec:
     """Rows that may wait."""
     canary_weight: float = 0.2
     """Weight that a canary gets."""
+    p99_ms: float = 50.0
+    """Latency wanted of 99 of 100 requests."""
 
 
 def spec_of(
@@ -115,6 +117,7 @@ def spec_of(
         max_batch_rows=pipeline.serve.max_batch_rows,
         max_queue_rows=pipeline.serve.max_queue_rows,
         canary_weight=pipeline.serve.canary_weight,
+        p99_ms=duration_us(pipeline.serve.p99) / 1000,
     )
 
 
@@ -122,6 +125,11 @@ def reroute(model: ModelSpec, versions: Iterable[ModelVersion]) -> ModelSpec:
     """The served model, its versions as the registry has them now; what shadowed goes on shadowing."""
     shadows = [r.version for r in model.routes if not r.role.answers]
     return replace(model, routes=_routes(versions, model.canary_weight, shadows))
+
+
+def without(model: ModelSpec, version: int) -> ModelSpec:
+    """The served model without a version; its share goes to those that stay, in proportion."""
+    return replace(model, routes=tuple(r for r in model.routes if r.version != version))
 
 
 def _routes(versions: Iterable[ModelVersion], canary_weight: float, shadows: Sequence[int]) -> tuple[Route, ...]:
@@ -160,6 +168,7 @@ def to_user_config(models: Iterable[ModelSpec]) -> dict[str, Any]:
                 "max_batch_rows": m.max_batch_rows,
                 "max_queue_rows": m.max_queue_rows,
                 "canary_weight": m.canary_weight,
+                "p99_ms": m.p99_ms,
             }
             for m in models
         }
@@ -204,6 +213,7 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
         max_batch_rows=int(m.get("max_batch_rows", 1024)),
         max_queue_rows=int(m.get("max_queue_rows", 65536)),
         canary_weight=float(m.get("canary_weight", 0.2)),
+        p99_ms=float(m.get("p99_ms", 50.0)),
     )
 
 
