@@ -45,7 +45,7 @@ class LakeJoin:
             ContractError: as there.
             StoreError: a version is gone, or can not be read.
         """
-        sources = {name: self._parts(name, versions[name], s.time) for name, s in plan.sources.items()}
+        sources = sources_of(self._lake, plan, versions)
         count = _processors() if sum(len(s) for s in sources.values()) >= SHARDED_FROM else 1
         if count < 2:
             return bounded(rows, plan, sources, at=at, memory_bytes=self._memory_bytes)
@@ -53,10 +53,20 @@ class LakeJoin:
             self._shards = FeatureShards(self._place, count, memory_bytes=self._memory_bytes)
         return self._shards.join(rows, plan, versions, at=at)
 
-    def _parts(self, table: str, version: int, by: str) -> pa.Table | Parts:
-        parts = self._lake.parts(table, version=version, by=by)
-        # Of a table that never had a row there is no file, which would say what its columns are.
-        return parts if len(parts) else self._lake.read(table, version=version)
+
+def sources_of(lake: Lake, plan: FeaturePlan, versions: Mapping[str, int]) -> dict[str, pa.Table | Parts]:
+    """The lake's tables that a plan reads, as they were at these versions.
+
+    Raises:
+        StoreError: a version is gone, or can not be read.
+    """
+    return {name: _parts(lake, name, versions[name], s.time) for name, s in plan.sources.items()}
+
+
+def _parts(lake: Lake, table: str, version: int, by: str) -> pa.Table | Parts:
+    parts = lake.parts(table, version=version, by=by)
+    # Of a table that never had a row there is no file, which would say what its columns are.
+    return parts if len(parts) else lake.read(table, version=version)
 
 
 def _processors() -> int:

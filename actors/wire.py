@@ -7,7 +7,7 @@ in another one; columns are handled whole, never row by row where Arrow can; no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,18 @@ def read_arrow(body: bytes, model: ModelSpec, now_us: int, at: str | None = None
         ContractError: a column is missing, strange or of another type.
         TooLarge: more than `MAX_REQUEST_ROWS` rows.
     """
-    table = _read_stream(body)
+    return rows_of_table(_read_stream(body), model, now_us, at)
+
+
+def rows_of_table(
+    table: pa.Table, model: ModelSpec, now_us: int, at: str | None = None, *, with_texts: bool = True
+) -> Rows:
+    """The rows of a table, as `read_arrow` reads them; without texts (nor keys) where nobody logs them.
+
+    Raises:
+        ContractError: a column is missing, strange or of another type.
+        RequestError: an `id` is no name of a prediction, or stands there twice.
+    """
     try:
         names = table.column_names
     except UnicodeDecodeError as err:
@@ -124,6 +135,8 @@ def read_arrow(body: bytes, model: ModelSpec, now_us: int, at: str | None = None
         at_us = _in_range(column.cast(pa.int64()).fill_null(now_us).to_numpy())
     _check_names(raw, model)
     typed = {name: _cast(name, column, model.columns[name]) for name, column in raw.items()}
+    if not with_texts:
+        return _rows(ids, at_us, typed, replace(model, key=()), [b""] * table.num_rows)
     lists = [_plain(column) for column in typed.values()]
     texts = [orjson.dumps(dict(zip(typed, row, strict=True))) for row in zip(*lists, strict=True)]
     return _rows(ids, at_us, typed, model, texts or [b"{}"] * table.num_rows)
