@@ -6,7 +6,7 @@ import ipaddress
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -39,8 +39,6 @@ class Request:
     """Names in lower case."""
     query: Mapping[str, str]
     body: bytes
-    peer: str
-    """Address of whoever connected; empty: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ async def read(scope: Scope, receive: Receive) -> Request:
         RequestError: its encoding is not understood.
         GoneAway: the caller left.
     """
-    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    headers = headers_of(scope)
     if headers.get("content-encoding", "identity") != "identity":
         raise RequestError(f"content-encoding {headers['content-encoding']!r} is not understood: send the body plain")
     stated = headers.get("content-length", "")
@@ -80,12 +78,30 @@ async def read(scope: Scope, receive: Receive) -> Request:
         raise GoneAway
     return Request(
         method=scope["method"],
-        parts=tuple(scope["path"].strip("/").split("/")),
+        parts=parts_of(scope),
         headers=headers,
         query=dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)),
         body=bytes(body),
-        peer=(scope.get("client") or ("",))[0],
     )
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Headers of a request, names in lower case; of several the last."""
+    return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+def parts_of(scope: Scope) -> tuple[str, ...]:
+    """The path of a request, split at its slashes."""
+    return tuple(scope["path"].strip("/").split("/"))
+
+
+def peer_of(scope: Scope) -> str:
+    """Address of whoever connected; empty: unknown, or this host's own proxy.
+
+    Of connections from loopback alone uvicorn takes the caller's address from `X-Forwarded-For`, with port 0.
+    """
+    host, port = scope.get("client") or ("", 0)
+    return str(host) if port else ""
 
 
 async def send_reply(send: Send, reply: Reply) -> None:
@@ -113,6 +129,7 @@ def error_reply(error: RaymillError, status: int | None = None) -> Reply:
     return Reply(status, body, headers={"retry-after": "1"} if status in (429, 503) else {})
 
 
+@lru_cache(1024)
 def is_local(peer: str) -> bool:
     """Whether the peer is this host or the head's, where the proxy is (or unknown: a test, or a Unix socket)."""
     try:

@@ -17,7 +17,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -27,6 +27,7 @@ from raymill.actors.answering import Call, HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.http_head import Head
 from raymill.actors.lane import Ticket
+from raymill.runtime.api_keys import Right
 from raymill.runtime.errors import TooLarge, TooSlow
 
 PIPELINED = 64
@@ -37,6 +38,10 @@ PROGRESS_BYTES = 64 << 10
 """What is worth mentioning."""
 _KNOWN_HEADS = 512
 _KNOWN_HEAD_BYTES = 2048
+
+
+Refusal = Callable[[Mapping[str, str], Right, bool], Reply | None]
+"""What `Door.refusal` is: headers, the right that is needed, whether the connection is of this host."""
 
 
 class Service(Protocol):
@@ -69,9 +74,14 @@ class NoAccounts:
 class Fast:
     """What the connections of one server share."""
 
-    def __init__(self, service: Service, accounts_of: Callable[[Any], Accounts] | None = None) -> None:
-        """`accounts_of` finds, from the server's ASGI application, where to count; it may raise RaymillError."""
-        self.service = service
+    def __init__(
+        self,
+        service: Service,
+        accounts_of: Callable[[Any], Accounts] | None = None,
+        refusal: Refusal = lambda *_: None,
+    ) -> None:
+        """`accounts_of` finds, from the server's ASGI application, where to count; `refusal` is the door's."""
+        self.service, self.refusal = service, refusal
         self.accounts: Accounts | None = None
         self.reason = ""
         """Why the fast lane is not used; empty: it is."""
@@ -146,6 +156,8 @@ class FastLane(HttpToolsProtocol):
         self._fast = fast
         self._plain = bool(fast.reason) or bool(self.root_path)
         """Whether everything goes to uvicorn."""
+        self._is_local = False
+        """Whether the other end is of this host, or the proxy."""
         self._held = b""
         """What was read and not yet looked at."""
         self._waits = False
@@ -171,6 +183,7 @@ class FastLane(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._is_local = asgi.is_local(self.client[0] if self.client else "")
         self._active = self.loop.time()
         self._clock = self.loop.call_later(PATIENCE_S, self._look)
 
@@ -261,6 +274,10 @@ class FastLane(HttpToolsProtocol):
         fast.requests += 1
         if fast.accounts is not None:
             fast.accounts.begin()
+        refusal = fast.refusal(head.headers, Right.PREDICT, self._is_local)
+        if refusal is not None:
+            due.answered(refusal)
+            return
         due.ticket = fast.service.submit(
             HttpCall(head.model, head.infer, head.version, head.headers, body), due.answered
         )

@@ -6,7 +6,7 @@ deployment; what Serve would have counted is counted for it.
 
 Invariants
 - A call gets the answer that the same tensor gets over HTTP: both go through `Service.submit`.
-- A caller from another host is refused: Serve lets replicas listen on every interface.
+- A caller who connects from another host is refused: Serve lets replicas listen on every interface.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import orjson
 from raymill.actors import asgi, oip_grpc
 from raymill.actors.answering import Call, version_of
 from raymill.actors.asgi import Reply
+from raymill.actors.door import PROXY_ALONE, Door
 from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
 from raymill.actors.lane import Ticket
 from raymill.actors.models import LoadedModel
@@ -43,6 +44,7 @@ from raymill.actors.open_inference_pb2 import (
     ServerReadyResponse,
 )
 from raymill.actors.serve_accounts import GONE, ServeAccounts, open_access_log
+from raymill.runtime.api_keys import Right
 from raymill.runtime.errors import RaymillError, Unavailable
 
 _log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ SERVICE = "inference.GRPCInferenceService"
 _CODES = {
     200: grpc.StatusCode.OK,
     400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.FAILED_PRECONDITION,
     413: grpc.StatusCode.INVALID_ARGUMENT,
@@ -66,6 +70,8 @@ Context = Any  # grpc.aio.ServicerContext, which has no types
 
 class Service(Protocol):
     """What answers: the serving replica."""
+
+    door: Door
 
     @property
     def is_ready(self) -> bool:
@@ -114,7 +120,11 @@ class _Methods:
             "ModelMetadata": (_model_metadata, ModelMetadataRequest),
         }
         found = {
-            name: unary(_asked(answer), request_deserializer=kind.FromString, response_serializer=_bytes)
+            name: unary(
+                _asked(answer, None if name == "ServerLive" else Right.PREDICT),
+                request_deserializer=kind.FromString,
+                response_serializer=_bytes,
+            )
             for name, (answer, kind) in simple.items()
         }
         found["ModelInfer"] = unary(self.infer)
@@ -187,11 +197,11 @@ def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:
     return oip_grpc.model_metadata(model.spec, sorted(model.programs))
 
 
-def _asked(answer: Callable[[Any], Any]) -> Callable[[Any, Context], Any]:
+def _asked(answer: Callable[[Any], Any], right: Right | None) -> Callable[[Any, Context], Any]:
     """A method that knows its answer at once."""
 
     async def method(request: Any, context: Context) -> Any:
-        refusal = _refused(context)
+        refusal = _refused(context, right)
         try:
             if refusal is None:
                 return answer(request)
@@ -217,10 +227,11 @@ def _words(reply: Reply) -> str:
     return f"{told['error']} ({told['remedy']})"
 
 
-def _refused(context: Context) -> Reply | None:
-    if _is_local(context.peer()):
-        return None
-    return asgi.error_reply(Unavailable("this port answers the proxy on its own host alone: call the proxy's"))
+def _refused(context: Context, right: Right | None = Right.PREDICT) -> Reply | None:
+    if not _here:
+        return None if _is_local(context.peer()) else PROXY_ALONE
+    headers = {key: text for key, text in context.invocation_metadata() or () if isinstance(text, str)}
+    return _here[0].door.refusal(headers, right, _is_local(context.peer()))
 
 
 @lru_cache(1024)

@@ -80,7 +80,7 @@ async def difference(make: Callable[[Path], Any]) -> str:
 
 async def _compare(replica: Any, sent: Mapping[str, bytes]) -> str:
     app = as_serve_does(replica.__serve_build_asgi_app__())
-    fast = Fast(replica)
+    fast = Fast(replica, refusal=replica.door.refusal)
     for what, data in sent.items():
         taken = fast.requests
         quick, plain = await converse(fast.protocol, app, data), await converse(HttpToolsProtocol, app, data)

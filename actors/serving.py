@@ -25,6 +25,7 @@ import uvicorn.config
 from raymill.actors import answering, asgi, grpc_service, oip, selftest, serve_accounts, surroundings, wire
 from raymill.actors.answering import Call, HttpCall, Write, version_of
 from raymill.actors.asgi import Reply, Request
+from raymill.actors.door import Door
 from raymill.actors.fastlane import Fast
 from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
@@ -34,6 +35,7 @@ from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.rollout import ModelSpec
+from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import (
     NoSuchPath,
     RaymillError,
@@ -64,8 +66,9 @@ class ServingReplica:
         open_reader: Any = None,
         load: Any = None,
         fast_lane: bool = True,
+        keys: str = KeyPolicy.OFF,
     ) -> None:
-        """Serve gives `home` and `fast_lane`; the others stand for the actors where there is no Ray."""
+        """Serve gives `home`, `fast_lane`, `keys` (a `KeyPolicy`); the others stand for actors without Ray."""
         self._home = Home(Path(home))
         self._records = records if records is not None else RemoteRecords()
         self.name = new_ids(1)[0]
@@ -81,12 +84,14 @@ class ServingReplica:
         self._lanes: dict[str, Lane] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
-        self.fast = Fast(self, serve_accounts.accounts_of)
+        self.door = Door(KeyPolicy(keys), self._records)
+        self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
 
     def start(self) -> None:
         """Learn what was answered lately; begin to ship the log."""
         if not self._started:
+            self.door.start()
             self._log.start()
             self._started = True
 
@@ -94,6 +99,7 @@ class ServingReplica:
         """Ship the log and end."""
         if self._started:
             self._started = False
+            self.door.stop()
             self._thread.shutdown()
             self._log.stop()
 
@@ -118,7 +124,7 @@ class ServingReplica:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             try:
-                reply = await self._reply(await asgi.read(scope, receive))
+                reply = self.door.refusal_of(scope) or await self._reply(await asgi.read(scope, receive))
             except RaymillError as err:
                 reply = asgi.error_reply(err)
             except asgi.GoneAway:
@@ -286,8 +292,6 @@ class ServingReplica:
         return asgi.json_reply({"name": name, "ready": ready}, 200 if ready else 400)
 
     async def _manage(self, request: Request, parts: tuple[str, ...]) -> Reply:
-        if not asgi.is_local(request.peer):
-            raise NoSuchPath("there is nothing here for callers from other hosts")
         loop = asyncio.get_running_loop()
         match parts:
             case ("replica",):
@@ -364,7 +368,7 @@ def build(args: dict[str, Any]) -> Any:
     from ray import serve
 
     return serve.deployment(serve.ingress()(ServingReplica), name=DEPLOYMENT).bind(
-        args["home"], fast_lane=args.get("fast_lane", True)
+        args["home"], fast_lane=args.get("fast_lane", True), keys=args.get("keys", KeyPolicy.OFF)
     )
 
 

@@ -10,11 +10,16 @@
     │   ├── UnknownPrediction   404
     │   ├── UnknownFeature      404
     │   ├── UnknownRow          404  a quarantined row
+    │   ├── UnknownKey          404  an API key's id
     │   ├── Usage               400  a wrong word on the command line
     │   ├── NoSuchPath          404
     │   ├── WrongMethod         405
     │   ├── TooSlow             408
     │   └── TooLarge            413
+    ├── Unauthenticated         401  no API key, or none that holds
+    ├── Forbidden               403  the key's rights do not reach so far
+    │   └── Closed              403  this way in is not open to other hosts
+    ├── Exposed                 422  the endpoint would be open to other hosts without a key or without TLS
     ├── Expired                 504  the request's own `timeout` was over before it was computed
     ├── Overloaded              429  the queue is full: come again
     ├── Unavailable             503  the endpoint or actor is not there (yet): come again
@@ -110,6 +115,13 @@ class UnknownRow(RequestError):
     remedy = "`raymill quarantine list` shows the rows with their ids"
 
 
+class UnknownKey(RequestError):
+    """No API key has that id."""
+
+    http_status = 404
+    remedy = "`raymill keys list` shows the ids"
+
+
 class UnknownFeature(RequestError):
     """No pipeline ever registered a feature of that name."""
 
@@ -149,6 +161,33 @@ class TooSlow(RequestError):
 
     http_status = 408
     remedy = "send the request in one piece"
+
+
+class Unauthenticated(RaymillError):
+    """The request has no API key, or one that is unknown, revoked or expired."""
+
+    http_status = 401
+    remedy = "send `Authorization: Bearer rm_…`; `raymill keys create TENANT` on the endpoint's host makes a key"
+
+
+class Forbidden(RaymillError):
+    """Who asks is known and may not do this."""
+
+    http_status = 403
+    remedy = "`raymill keys list` shows each key's rights, `raymill keys create TENANT --right manage` gives another"
+
+
+class Closed(Forbidden):
+    """The request came a way that is not open to other hosts, whoever asks."""
+
+    remedy = "call the address that `raymill status` shows; `raymill up --host ADDRESS` opens one to other hosts"
+
+
+class Exposed(RaymillError):
+    """The endpoint would be reachable from other hosts without a key, or without TLS; nothing was started."""
+
+    http_status = 422
+    remedy = 'docs/operations.md, "Beyond loopback"'
 
 
 class Expired(RaymillError):
@@ -192,6 +231,12 @@ class TrainingError(RaymillError):
 
 class ModelError(RaymillError):
     """A model can not be loaded, exported or run."""
+
+
+class MissingPackage(ModelError):
+    """The library that runs a model of this kind is not installed."""
+
+    remedy = "`pip install 'raymill[models]'` on every host that serves"
 
 
 class StoreError(RaymillError):

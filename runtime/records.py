@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from raymill.runtime.api_keys import ApiKey
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
+from raymill.runtime.key_registry import KeyRegistry
 from raymill.runtime.ledger import Ledger, Verification
 from raymill.runtime.messages import Event, Manifest, ModelVersion
 from raymill.runtime.registry import Registry
@@ -33,6 +35,7 @@ class RecordsActor:
         self._home = Home(Path(home))
         self._ledger: Ledger | None = None
         self._registry: Registry | None = None
+        self._keys: KeyRegistry | None = None
 
     def start(self) -> None:
         """Open the database.
@@ -43,12 +46,13 @@ class RecordsActor:
         if self._ledger is None:
             self._ledger = Ledger(self._home.record, lock_wait_s=_LOCK_WAIT_S)
             self._registry = Registry(self._ledger, self._home.models)
+            self._keys = KeyRegistry(self._ledger)
 
     def stop(self) -> None:
         """Close the database."""
         if self._ledger is not None:
             self._ledger.close()
-        self._ledger = self._registry = None
+        self._ledger = self._registry = self._keys = None
 
     def health(self) -> bool:
         """Whether the database is open."""
@@ -67,6 +71,29 @@ class RecordsActor:
         if self._registry is None:
             raise Unavailable("the actor `records` is not started: call start() first")
         return self._registry
+
+    @property
+    def keys(self) -> KeyRegistry:
+        """The open table of API keys."""
+        if self._keys is None:
+            raise Unavailable("the actor `records` is not started: call start() first")
+        return self._keys
+
+    def create_key(self, key: ApiKey) -> ApiKey:
+        """Let an API key in; idempotent by digest."""
+        return self.keys.create(key)
+
+    def revoke_key(self, name: str, reason: str) -> ApiKey:
+        """Have an API key be worth nothing from now on."""
+        return self.keys.revoke(name, reason)
+
+    def api_keys(self) -> list[ApiKey]:
+        """Every API key there ever was, oldest first."""
+        return self.keys.keys()
+
+    def keys_changed_since(self, stamp: int) -> tuple[int, list[ApiKey]] | None:
+        """The API keys that are not revoked and a stamp; None: nothing changed since that stamp."""
+        return self.keys.changed_since(stamp)
 
     def append(self, events: Sequence[Event]) -> None:
         """Write events, all or none; those whose key is known already are left out."""

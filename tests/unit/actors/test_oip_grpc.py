@@ -182,7 +182,7 @@ def test_a_call_from_another_host_is_refused(monkeypatch, tmp_path):
     async def use(channel):
         with pytest.raises(grpc.aio.AioRpcError, match="on its own host alone") as caught:
             await channel.infer(request([[1, 2]]))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
         with pytest.raises(grpc.aio.AioRpcError, match="on its own host alone"):
             await channel.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)
 
