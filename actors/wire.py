@@ -142,6 +142,19 @@ def rows_of_table(
     return _rows(ids, at_us, typed, model, texts or [b"{}"] * table.num_rows)
 
 
+def check_schema(schema: pa.Schema, model: ModelSpec) -> None:
+    """Refuse columns of which no row can be read.
+
+    Raises:
+        ContractError: one is missing, strange or of another type.
+    """
+    kinds = {field.name: field.type for field in schema}
+    _check_names({name: None for name in kinds if name not in ("id", "at")}, model)
+    forms = {**model.columns, "id": ColumnForm("string", True), "at": ColumnForm("timestamp", True)}
+    for name, kind in kinds.items():
+        _check_kin(name, kind, forms[name])
+
+
 def write_json(model: ModelSpec, ids: Sequence[str], versions: npt.NDArray[np.int64], p: npt.NDArray[Any]) -> bytes:
     """The answer as `{"model", "version", "predictions": [{"id", <label>, "version"}]}`; one `version` if uniform."""
     label = model.label
@@ -288,15 +301,19 @@ def _cast(name: str, column: pa.ChunkedArray, form: ColumnForm) -> pa.Array:
     if column.null_count:
         _check_null(name, form, column.is_null().to_pylist().index(True))
     wanted = ARROW_TYPES[form.dtype]
-    given = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not _is_kin(given, form.dtype):
-        raise ContractError(f"column {name!r} is {given}: it must be {form.dtype}")
+    _check_kin(name, column.type, form)
     try:
         # Nanoseconds lose their last digits on purpose: raymill's moments are microseconds.
         cast = column.cast(wanted, safe=form.dtype != "timestamp")
     except (pa.ArrowException, OverflowError) as err:
         raise ContractError(f"column {name!r} does not fit {form.dtype}: {err}") from err
     return cast.combine_chunks() if cast.num_chunks != 1 else cast.chunk(0)
+
+
+def _check_kin(name: str, given: pa.DataType, form: ColumnForm) -> None:
+    given = given.value_type if pa.types.is_dictionary(given) else given
+    if not _is_kin(given, form.dtype):
+        raise ContractError(f"column {name!r} is {given}: it must be {form.dtype}")
 
 
 def _is_kin(given: pa.DataType, dtype: str) -> bool:
