@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.prediction_rows import Scored
-from raymill.actors.predictions import PredictionLog
 from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
 from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
@@ -40,6 +39,13 @@ class FeatureReader(Protocol):
 
     def vectors(self, rows: pa.Table, at: npt.NDArray[np.int64]) -> Floats:
         """[rows, features] float32, NaN where unknown."""
+
+
+class Log(Protocol):
+    """Takes down what is answered."""
+
+    def record(self, scored: Scored, shadows: list[Scored]) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Versions and probabilities to answer with: the logged ones for ids that are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +112,7 @@ class LoadedModel:
         if question.pinned is None and not self.ready:
             raise NotThere(f"model {self.spec.name!r} has no version that answers: promote one")
 
-    def ask(self, batch: list[Question], log: PredictionLog) -> list[Answer | RaymillError]:
+    def ask(self, batch: list[Question], log: Log) -> list[Answer | RaymillError]:
         """Answer a batch and log it; an answer or an error for each question, in order."""
         found, errors = self._vectors(batch)
         scored = []
@@ -150,7 +156,7 @@ class LoadedModel:
         return list(zip(batch, np.split(x, edges), strict=True))
 
     def _score(
-        self, found: list[tuple[Question, Floats]], log: PredictionLog, errors: dict[int, RaymillError]
+        self, found: list[tuple[Question, Floats]], log: Log, errors: dict[int, RaymillError]
     ) -> dict[int, Answer]:
         x = found[0][1] if len(found) == 1 else np.concatenate([x for _, x in found])
         edges = np.cumsum([0, *(len(q) for q, _ in found)])
