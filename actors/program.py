@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymill.actors.model_files import Data, Kind, Loaded, one_a_row
 from raymill.actors.scores import auc, log_loss
 from raymill.actors.training_data import columns_of
 from raymill.runtime.errors import ModelError, SpecError, TrainingError
@@ -142,7 +143,14 @@ def export_program(logits: torch.nn.Module, columns: int) -> bytes:
     return file.getvalue()
 
 
-def load_program(data: bytes) -> Program:
+def load(data: Data) -> Loaded:
+    """A program and the number of its inputs; errors as `load_program`."""
+    torch.set_num_threads(1)  # replicas share their cores with everything else
+    run, columns = _read(data)
+    return Loaded(kind=Kind.EXPORTED, run=run, columns=columns)
+
+
+def load_program(data: Data) -> Program:
     """A program as a function from [rows, n] float32 (NaN: unknown) to [rows] float32 probabilities.
 
     `torch.export.load` unpickles parts of the archive: bytes from a stranger can run the stranger's code. Load only
@@ -153,6 +161,10 @@ def load_program(data: bytes) -> Program:
         ModelError: the bytes are no program; or, from the function: the rows do not fit it, or an answer is not
             finite.
     """
+    return _read(data)[0]
+
+
+def _read(data: Data) -> tuple[Program, int]:
     try:
         exported = torch.export.load(io.BytesIO(data))
         run = exported.module()
@@ -169,12 +181,12 @@ def load_program(data: bytes) -> Program:
         if not rows.flags.writeable:  # torch warns of what it could write to; a view of the object store is read-only
             rows = rows.copy()
         with torch.inference_mode():
-            p: F32 = run(torch.from_numpy(rows)).numpy()
+            p = one_a_row(run(torch.from_numpy(rows)).numpy(), len(rows))
         if not np.isfinite(p).all():
             raise ModelError("the model answers with NaN or infinity: roll back to the version before")
         return p
 
-    return predict
+    return predict, columns
 
 
 def _input_columns(exported: Any) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from raymill.actors import trees
+from raymill.actors import model_files
+from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, Program
 from raymill.actors.rollout import ModelSpec
 from raymill.runtime.errors import Unavailable
@@ -15,16 +16,9 @@ from raymill.runtime.stores import places_of
 _OBSERVE_TIMEOUT_S = 30.0
 
 
-def load_program(program: bytes) -> Program:
-    """The program that training exported, or a model file of XGBoost."""
-    if trees.is_trees(program):
-        return trees.load_trees(program)
-    import torch
-
-    from raymill.actors import program as programs
-
-    torch.set_num_threads(1)  # replicas share their cores with everything else
-    return programs.load_program(program)
+def load_program(program: Data) -> Program:
+    """The program of a model file of any kind."""
+    return model_files.load(program).run
 
 
 def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:

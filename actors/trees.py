@@ -8,24 +8,16 @@ import threading
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from raymill.actors.models import Program
+from raymill.actors.model_files import F32, Data, Kind, Loaded
 from raymill.runtime.errors import ModelError
 
-F32 = npt.NDArray[np.float32]
 
-
-def is_trees(data: bytes) -> bool:
-    """Whether the bytes are a model file of XGBoost: a document, where `torch.export` writes an archive."""
-    return data[:1] == b"{"
-
-
-def load_trees(data: bytes) -> Program:
+def load(data: Data) -> Loaded:
     """The program of a model file: [rows, n] float32, NaN for unknown, → probability or value [rows] float32.
 
     Raises:
-        ModelError: the bytes are no such model, or it gives more than one number a row.
+        ModelError: the bytes are no such model; or, from the program, it gives more than one number a row.
     """
     import xgboost
 
@@ -45,7 +37,7 @@ def load_trees(data: bytes) -> Program:
             return np.empty(0, np.float32)
         return call(x)
 
-    return predict
+    return Loaded(kind=Kind.XGBOOST, run=predict, columns=columns, names=tuple(booster.feature_names or ()))
 
 
 class _Call:

@@ -27,6 +27,7 @@
     ├── LeaseError              503  the pool can not grant it
     ├── TrainingError           500  the gang failed for good
     ├── ModelError              500  a model can not be loaded or answers nonsense
+    │   └── MissingPackage  500  the library of its kind is not installed
     ├── StoreError              500  lake, online store, ledger or registry are damaged or unreachable
     └── ClusterError            500  a node, port, disk or memory problem of this machine
 
