@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raymill.actors.attempts import Attempts, Batch
 from raymill.actors.prediction_rows import Scored
 from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
-from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
+from raymill.runtime.errors import ModelError, RaymillError, RequestError, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class LoadedModel:
     spec: ModelSpec
     programs: Mapping[int, Program]
     reader: FeatureReader | None
+    attempts: Attempts = field(default_factory=Attempts)
 
     @cached_property
     def routes(self) -> tuple[Route, ...]:
@@ -160,25 +162,27 @@ class LoadedModel:
     ) -> dict[int, Answer]:
         x = found[0][1] if len(found) == 1 else np.concatenate([x for _, x in found])
         edges = np.cumsum([0, *(len(q) for q, _ in found)])
-        routes = self.routes
-        chosen = self._choose([q for q, _ in found], routes)
-        if bool((chosen == chosen[0]).all()):
-            p = self._run(routes[int(chosen[0])], x)
+        routes, questions = self.routes, [q for q, _ in found]
+        batch = Batch(
+            spec=self.spec,
+            routes=routes,
+            programs=self.programs,
+            x=x,
+            edges=edges,
+            pinned=[q.pinned is not None for q in questions],
+            chosen=self._choose(questions, routes),
+        )
+        self.attempts.compute(batch)
+        if batch.errors:
+            errors.update({id(questions[i]): err for i, err in batch.errors.items()})
+            keep = np.repeat([i not in batch.errors for i in range(len(questions))], np.diff(edges))
+            questions = [q for i, q in enumerate(questions) if i not in batch.errors]
+            if not questions:
+                return {}
+            edges = np.cumsum([0, *map(len, questions)])
+            x, p, chosen = x[keep], batch.p[keep], batch.chosen[keep]
         else:
-            p = np.empty(len(x), dtype=np.float32)
-            for place in np.unique(chosen).tolist():
-                mask = chosen == place
-                p[mask] = self._run(routes[place], x[mask])
-        bad = np.flatnonzero(~np.isfinite(p))
-        if bad.size:
-            ill = set((np.searchsorted(edges, bad, side="right") - 1).tolist())
-            for i in ill:
-                errors[id(found[i][0])] = ContractError(
-                    f"model {self.spec.name!r} has no finite answer for a row of this request: its inputs are too large"
-                )
-            kept = [f for i, f in enumerate(found) if i not in ill]
-            return self._score(kept, log, errors) if kept else {}
-        questions = [q for q, _ in found]
+            p, chosen = batch.p, batch.chosen
         versions = np.array([r.version for r in routes], dtype=np.int64)[chosen]
         scored = self._scored(questions, versions, [str(routes[i].role) for i in chosen.tolist()], x, p)
         versions, p = log.record(scored, self._shadows(questions, x))
@@ -258,6 +262,8 @@ class ModelSet:
     """Model → version → why it could not be loaded; that model stayed as it was."""
     generation: str = ""
     """Name of the configuration applied last."""
+    attempts: Attempts = field(default_factory=Attempts)
+    """What each version did lately."""
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Bring the models to `config`; what can not be loaded is told by `failures` and takes no traffic."""
@@ -274,6 +280,10 @@ class ModelSet:
                 models[name] = before if failed and before is not None else loaded
             elif before is not None:
                 models[name] = before
+        answering = [
+            (name, r.version) for name, m in models.items() for r in m.routes if r.role.answers and r.weight > 0
+        ]
+        self.attempts.follow(answering)
         self.models, self.failures, self.generation = models, failures, generation(config)
 
     def _load(
@@ -298,7 +308,7 @@ class ModelSet:
                 failed[route.version] = "the registry does not answer"
             except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
                 failed[route.version] = f"{type(err).__name__}: {err}"
-        return LoadedModel(spec, programs, reader), failed
+        return LoadedModel(spec, programs, reader, self.attempts), failed
 
     def _open(self, spec: ModelSpec) -> FeatureReader | None:
         """A reader that has its kernels compiled."""

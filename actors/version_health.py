@@ -1,0 +1,113 @@
+"""Whether a version errs or is slow, and has to go: counts of a window of wall time in, the reason out; pure.
+
+A canary's failure is counted only where the live version answered the same rows, so a caller's strange rows are not
+held against it; the bound on its share is then against live already. Being slow is judged against what the other
+version took in the same window, on the same cores. Every bound holds with a chance of error of at most `ERROR`,
+whatever the number of calls, so that there is no least number to choose: a version that fails always goes after three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+ERROR = 1e-4
+"""Chance that a share is not within its bound; the counts are looked at again and again."""
+FAILED_CANARY = 0.01
+"""Share of a canary's calls that may fail."""
+FAILED_LIVE = 0.05
+"""Share of the live version's calls that may fail: going back is a larger step, and nothing is computed beside it."""
+SLOW = 0.01
+"""Share of calls that may be slow, as the target is one for 99 of 100."""
+PROBATION_S = 3600.0
+"""How long after its promotion a live version is rolled back by itself. Later it is the rows that have changed, and
+the version before would get the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What a version did in the window."""
+
+    calls: int = 0
+    """Batches that it computed."""
+    failed: int = 0
+    """Of them: it raised, or an answer was not finite."""
+    slow: int = 0
+    """Of them: it took longer than `slow_s` says."""
+    rows: int = 0
+    """Rows of all batches."""
+    seconds: float = 0.0
+    """Wall time of all batches."""
+    why: str = ""
+    """The last failure."""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            calls=self.calls + other.calls,
+            failed=self.failed + other.failed,
+            slow=self.slow + other.slow,
+            rows=self.rows + other.rows,
+            seconds=self.seconds + other.seconds,
+            why=other.why or self.why,
+        )
+
+
+def slow_s(p99_ms: float) -> float:
+    """Seconds above which a batch is slow: half the target, since a request may wait for the batch before its own."""
+    return p99_ms / 2000
+
+
+def verdict(version: Tally, other: Tally, *, canary: bool) -> str:
+    """Why a version has to go, with figures; empty: it stays.
+
+    Args:
+        version: what it did.
+        other: what the version did that would answer in its place.
+        canary: whether it is a canary, not the live version.
+    """
+    allowed = FAILED_CANARY if canary else FAILED_LIVE
+    if at_least(version.failed, version.calls) > allowed:
+        return f"it errs: {version.failed} of {version.calls} batches failed; {version.why or 'no reason was given'}"
+    limit = max(SLOW, at_most(other.slow, other.calls))
+    if at_least(version.slow, version.calls) > limit:
+        return (
+            f"it is slow: {version.slow} of {version.calls} batches took more than half of the latency target "
+            f"({1e3 * version.seconds / version.calls:.1f} ms each), {other.slow} of {other.calls} of the other version"
+        )
+    return ""
+
+
+def at_least(hits: int, of: int) -> float:
+    """Lower bound of a share, given `hits` of so many (Chernoff's, which holds for any number)."""
+    if hits == 0:
+        return 0.0
+    share, low, high = hits / of, 0.0, hits / of
+    for _ in range(40):
+        middle = (low + high) / 2
+        if of * _divergence(share, middle) > -math.log(ERROR):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def at_most(hits: int, of: int) -> float:
+    """Upper bound of a share; 1 if nothing is known."""
+    return 1.0 - at_least(of - hits, of)
+
+
+def _divergence(p: float, q: float) -> float:
+    if q <= 0:
+        return math.inf
+    rest = 0.0 if p == 1 else (1 - p) * math.log((1 - p) / (1 - q))
+    return p * math.log(p / q) + rest
+
+
+def pooled(told: Iterable[Mapping[int, Tally]]) -> dict[int, Tally]:
+    """Version → what it did in all replicas."""
+    found: dict[int, Tally] = {}
+    for replica in told:
+        for version, tally in replica.items():
+            found[version] = found.get(version, Tally()) + tally
+    return found
