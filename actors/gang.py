@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from raymill.runtime.messages import LeaseRequest
+from raymill.runtime.messages import LeaseRequest, Purpose
 
 RESERVED = "reserved"
 SPOT = "spot"
@@ -163,6 +163,8 @@ def _markets_for(request: LeaseRequest, markets: frozenset[str], *, first: bool)
     """Markets a bundle may lie in, the wanted one first."""
     if not markets:
         return [""]
+    if request.purpose is Purpose.SERVING:  # on the head too, which is of no market
+        return [*sorted(markets - {SPOT}), ""]
     may_be_spot = request.spot and SPOT in markets and not (first and RESERVED in markets)
     return ([SPOT] if may_be_spot else []) + [m for m in sorted(markets) if m != SPOT]
 

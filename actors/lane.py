@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from raymill.actors.batching import Pace, WaitingLine
+from raymill.actors.load_meter import LoadMeter
 from raymill.actors.models import Answer, Question
 from raymill.runtime.errors import Expired, RaymillError, Unavailable
 
@@ -24,12 +25,14 @@ Done = Callable[["Answer | Exception"], None]
 class Ticket:
     """A question in line, and where its answer goes."""
 
-    __slots__ = ("done", "expires_s", "left", "question")
+    __slots__ = ("done", "expires_s", "left", "question", "since_s")
 
-    def __init__(self, question: Question, done: Done, expires_s: float = math.inf) -> None:
+    def __init__(self, question: Question, done: Done, since_s: float = 0.0, expires_s: float = math.inf) -> None:
         self.question, self.done = question, done
+        self.since_s = since_s
+        """Monotonic time at which it came."""
         self.expires_s = expires_s
-        """Loop time after which it is answered without being computed."""
+        """Monotonic time after which it is answered without being computed."""
         self.left = False
         """Set by a caller who has gone away: what still waits is not computed."""
 
@@ -40,9 +43,12 @@ class Ticket:
 class Lane:
     """Used from one event loop; `ask` never runs twice at once."""
 
-    def __init__(self, ask: Ask, executor: Executor, *, max_batch_rows: int, max_rows: int) -> None:
+    def __init__(
+        self, ask: Ask, executor: Executor, *, max_batch_rows: int, max_rows: int, meter: LoadMeter | None = None
+    ) -> None:
         self._ask = ask
         self._executor = executor
+        self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
         self.pace = Pace()
         self._busy = False
@@ -56,7 +62,8 @@ class Lane:
             Overloaded: the line is full.
         """
         loop = asyncio.get_running_loop()
-        ticket = Ticket(question, done, math.inf if timeout_s is None else loop.time() + timeout_s)
+        now = time.monotonic()  # the loop's own clock stands still while it reads one round of requests
+        ticket = Ticket(question, done, now, math.inf if timeout_s is None else now + timeout_s)
         self.line.offer(ticket)
         if not self._busy:
             self._busy = True
@@ -65,12 +72,13 @@ class Lane:
         return ticket
 
     def _next(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         batch = [t for t in self.line.take() if not t.left and not self._expired(t, now)]
         if not batch:
             self._go_on()
             return
         rows = sum(map(len, batch))
+        self._meter.waited(now - batch[0].since_s, rows)
         questions = [t.question for t in batch]
         if self.pace.is_short(rows):
             self._deliver(batch, self._timed(questions, rows))
@@ -105,7 +113,9 @@ class Lane:
             answers: Sequence[Answer | Exception] = self._ask(questions)
         except Exception as err:  # noqa: BLE001 - edge of the lane: it is every caller's answer, and the lane goes on
             answers = [err] * len(questions)
-        self.pace.note(rows, time.thread_time() - begun)
+        seconds = time.thread_time() - begun
+        self.pace.note(rows, seconds)
+        self._meter.took(seconds)
         return answers
 
     def _deliver(self, batch: list[Ticket], answers: Sequence[Answer | Exception]) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from raymill.actors.gang import Held, Node, Resources
+from raymill.actors.gang import Asked, Facts, Grant, Held, Node, Resources, decide
 from raymill.actors.pool import Group
+from raymill.runtime.errors import LeaseError
 from raymill.runtime.messages import Event, Lease, LeaseRequest, Notice, Purpose
 
 
@@ -274,6 +275,29 @@ def replica_lease(request: LeaseRequest) -> Lease:
         placement_group=None,
         resources=dict(request.resources),
     )
+
+
+def replicas_allowed(request: LeaseRequest, mine: int, queue: Sequence[Asked], facts: Facts) -> int:
+    """How many of `count` replicas an application may have that holds `mine`: at least `min_count`.
+
+    What waits in the queue has the room before those beyond `min_count` and `mine`.
+
+    Raises:
+        LeaseError: the tenant's quota does not allow `min_count`.
+    """
+    quota = facts.quotas.get(request.tenant)
+    others = [h for h in facts.held if h.owner != request.owner]
+    least = min(request.min_count, request.count)
+    if over := over_quota(replace(request, count=least), quota, others):
+        raise LeaseError(over)
+    counts = range(request.count, least - 1, -1)
+    count = next(n for n in counts if not over_quota(replace(request, count=n), quota, others))
+    sure = min(max(least, mine), count)
+    if count == sure:
+        return count
+    more = Asked(request=replace(request, count=count - sure, min_count=1), last_chance=True)
+    decision = decide([*queue, more], facts)[-1]
+    return sure + (len(decision.markets) if isinstance(decision, Grant) else 0)
 
 
 def over_quota(request: LeaseRequest, quota: Resources | None, others: Sequence[Held]) -> str:

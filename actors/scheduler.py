@@ -23,9 +23,8 @@ from typing import Any, Protocol
 import ray
 
 from raymill.actors.gang import Asked, Facts, Grant, Node, NodeKind, Queue, Resources, decide
-from raymill.actors.leases import Book, Ticket, over_quota, replica_lease
+from raymill.actors.leases import Book, Ticket, replica_lease, replicas_allowed
 from raymill.actors.pool import RayPool
-from raymill.runtime.errors import LeaseError
 from raymill.runtime.messages import Event, Granted, Lease, LeaseRequest, Notice, Queued
 from raymill.runtime.spawn import Remote
 
@@ -122,22 +121,23 @@ class GpuPoolScheduler:
                 self._mutex.notify_all()
 
     def grant(self, request: LeaseRequest) -> Granted:
-        """Leases for an application's replicas, which Serve places itself: `count` is what it holds afterwards.
+        """Leases for an application's replicas, which Serve places itself: what it holds afterwards.
+
+        That is `count`, or fewer, down to `min_count`, where the quota or the room on the nodes ends. Requests that
+        wait have the room before replicas beyond `min_count`; those up to it wait in Serve until there is room.
 
         Raises:
-            LeaseError: the tenant's quota does not allow so many.
+            LeaseError: the tenant's quota does not allow `min_count`.
         """
         with self._granting:
             with self._mutex:
                 mine = self._book.replicas_of(request.owner)
-                held = [h for h in self._book.held() if h.owner != request.owner]
-            over = over_quota(request, self._quotas.get(request.tenant), held)
-            if over:
-                raise LeaseError(over)
+                queue = [Asked(request=t.request) for t in self._book.tickets if not t.markets]
+            count = replicas_allowed(request, len(mine), queue, self._facts())
             head = self._pool.head()
-            new = [replica_lease(request) for _ in range(request.count - len(mine))]
+            new = [replica_lease(request) for _ in range(count - len(mine))]
             self._write_down([(lease, head) for lease in new], request)
-            self.release([x.lease_id for x in mine[request.count :]], reason="fewer replicas")
+            self.release([x.lease_id for x in mine[count:]], reason="fewer replicas")
             with self._mutex:
                 return Granted(leases=tuple(self._book.replicas_of(request.owner)))
 

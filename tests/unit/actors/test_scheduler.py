@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -251,7 +252,30 @@ def test_replicas_get_grants_up_to_a_count_on_the_head(make, records):
 def test_a_quota_refuses_replicas_with_figures(make):
     scheduler = make(DictPool(), quotas={"default": {"CPU": 2.0}})
     with pytest.raises(LeaseError, match="3 bundles of 1 CPU are over the quota"):
-        scheduler.grant(LeaseRequest(owner="app", purpose=Purpose.SERVING, count=3))
+        scheduler.grant(LeaseRequest(owner="app", purpose=Purpose.SERVING, count=3, min_count=3))
+
+
+def test_an_application_gets_as_many_replicas_as_quota_and_room_allow(make, records):
+    app = LeaseRequest(owner="app", purpose=Purpose.SERVING, count=9, resources={"CPU": 1.5})
+    assert len(make(DictPool(), quotas={"default": {"CPU": 4.6}}).grant(app).leases) == 3
+    scheduler = make(DictPool())
+    assert len(scheduler.grant(replace(app, owner="other")).leases) == 3, "the first is sure, the head has room for two"
+    assert scheduler.grant(replace(app, owner="other", count=0)).leases == ()
+    assert len(records.events("lease.released")) == 3
+
+
+def test_who_waits_has_the_room_before_more_replicas(make):
+    scheduler = make(DictPool(), kinds=())
+    assert isinstance(scheduler.acquire(ask(2, min_count=2, resources={"CPU": 1.0}), 3.0), Granted)
+    three = ask(3, min_count=3, resources={"CPU": 1.0}, owner="waits")
+    waits = threading.Thread(target=scheduler.acquire, args=(three, 1.0))
+    waits.start()
+    while not scheduler.status()["queue"]:
+        time.sleep(0.01)
+    app = LeaseRequest(owner="app", purpose=Purpose.SERVING, count=3)
+    assert len(scheduler.grant(app).leases) == 1
+    waits.join()
+    assert len(scheduler.grant(app).leases) == 3
 
 
 def test_a_grant_that_could_not_be_written_down_is_taken_back(make, records, monkeypatch):
