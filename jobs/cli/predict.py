@@ -1,28 +1,70 @@
-"""`raymill predict MODEL`: ask the endpoint."""
+"""`raymill predict MODEL`: ask the endpoint about some rows, or have a whole table answered as a job on the cluster."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymill.jobs.cli.output import AsJson, emit, table
-from raymill.jobs.cli.records import needed_session
-from raymill.runtime.errors import RequestError
+from raymill.jobs.cli.output import AsJson, emit, out, progress, table
+from raymill.jobs.cli.records import join, needed_session
+from raymill.runtime.errors import RequestError, Usage
+
+if TYPE_CHECKING:
+    from raymill.actors.batch_job import Summary
+    from raymill.actors.batch_plan import BatchRequest
+
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="Column to stand beside the answers; `*`: all.")]
 
 
 def predict(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
-    rows: Annotated[str, typer.Argument(help="JSON: a row, a list of rows, @FILE, or - for standard input.")],
-    at: Annotated[str | None, typer.Option(help="Moment of the request, ISO-8601 with a zone; absent: now.")] = None,
+    rows: Annotated[str | None, typer.Argument(help="JSON: a row, a list of rows, @FILE, or - for stdin.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Moment of the rows, ISO-8601 with a zone; of a table also a column's name.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="The endpoint; absent: the running cluster's.")] = None,
+    answer: Annotated[
+        str | None, typer.Option("--table", help="File, folder, Delta table or URL of rows: answered as a job.")
+    ] = None,
+    to: Annotated[str | None, typer.Option("--out", help="Folder or URL for a job's answers, Parquet.")] = None,
+    version: Annotated[int | None, typer.Option(help="Version that answers a table; absent: the live one.")] = None,
+    keep: Keep = None,
+    vectors: Annotated[bool, typer.Option(help="The table holds the model's inputs by name.")] = False,
+    log: Annotated[bool, typer.Option(help="A table's answers go to the prediction log, too.")] = False,
+    delta_version: Annotated[int | None, typer.Option(help="Version of a Delta table; absent: the newest.")] = None,
+    job: Annotated[str | None, typer.Option(help="Id of a job; absent: a fresh one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of a job; absent: one a processor.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predictions of rows, with their ids."""
+    """Predictions of rows with their ids; or, with --table, of a table of any size, without the endpoint."""
+    if answer is None:
+        if rows is None or to is not None:
+            raise Usage("name rows, or --table TABLE with --out FOLDER: see `raymill predict --help`")
+        _ask(model, rows, at, url, as_json)
+        return
+    if rows is not None or to is None:
+        raise Usage("--table takes the rows from the table and needs --out, a folder or URL for the answers")
+    from raymill.actors.batch_plan import BatchRequest
+
+    request = BatchRequest(
+        table=_place(answer),
+        out=_place(to),
+        at=at,
+        keep=tuple(keep or ()),
+        vectors=vectors,
+        log=log,
+        delta_version=delta_version,
+    )
+    _run(model, version, request, job, workers, as_json)
+
+
+def _ask(model: str, rows: str, at: str | None, url: str | None, as_json: bool) -> None:
     from raymill.runtime.client import URL_VARIABLE, connect
 
     asked = _read(rows)
@@ -33,6 +75,33 @@ def predict(
         table(model, ["id", "version", "p"], [[a["id"], a["version"], f"{a['p']:.4f}"] for a in answers])
 
     emit(answers, as_json, human)
+
+
+def _run(
+    model: str, version: int | None, request: BatchRequest, job: str | None, workers: int | None, as_json: bool
+) -> None:
+    session = needed_session()
+    join(session)
+    from raymill.actors.batch_job import plan_job, run_job
+    from raymill.jobs.batch import served
+
+    found, route = served(session, model, version)
+    plan = plan_job(found, route, request, session.home, job=job)
+    with progress() as bar:
+        task = bar.add_task(f"{model} version {plan.version}", total=len(plan.pieces), note="pieces of the table")
+        summary = run_job(plan, session.home, workers=workers, on_piece=lambda done, of: bar.advance(task))
+    emit(asdict(summary), as_json, lambda: out.print(_told(summary)))
+
+
+def _told(did: Summary) -> str:
+    fast = f", {did.answered_now:,} of them now in {did.seconds:,.1f} s ({did.rows_per_s:,.0f} rows/s)"
+    rejected = f"; {did.rejected:,} rejected, see {did.out}/_rejects" if did.rejected else ""
+    return f"job {did.job}: {did.model} version {did.version} answered {did.rows:,} rows{fast}{rejected}\n{did.out}"
+
+
+def _place(text: str) -> str:
+    """A path as workers see it, or the URL."""
+    return text if "://" in text else str(Path(text).absolute())
 
 
 def _read(text: str) -> list[dict[str, Any]]:

@@ -1,0 +1,33 @@
+"""What a batch job predicts with: a model as the endpoint serves it, and a version from the registry."""
+
+from __future__ import annotations
+
+from raymill.actors.endpoint import Endpoint
+from raymill.actors.rollout import ModelSpec, Role, Route
+from raymill.cluster.session import Session
+from raymill.jobs.planning import refuse_other_host
+from raymill.runtime.errors import UnknownModel
+from raymill.runtime.records import RemoteRecords
+from raymill.runtime.spawn import driver_and_head
+
+
+def served(session: Session, model: str, version: int | None) -> tuple[ModelSpec, Route | None]:
+    """A served model, and the version named as it is in the registry, whatever its stage.
+
+    Raises:
+        UnknownModel: it is not served.
+        UnknownVersion: the registry has no such version.
+        SpecError: this process is not on the head's host, so that paths mean other files.
+    """
+    refuse_other_host(*driver_and_head(), str(session.home.root))
+    endpoint = Endpoint(
+        session.dashboard_url, session.home, url=session.serve_url, serve_options=session.serve_options()
+    )
+    models = {m.name: m for m in endpoint.models()}
+    endpoint.close()
+    if model not in models:
+        raise UnknownModel(f"there is no model {model!r} on the endpoint: served are {sorted(models)}")
+    if version is None:
+        return models[model], None
+    found = RemoteRecords().get(model, version)
+    return models[model], Route(version=found.version, digest=found.digest, role=Role.LIVE, threshold=found.threshold)
