@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raymill.actors.model_files import F32, Data, Kind, Loaded
+from raymill.actors.tree_walk import FEW_ROWS, walk_of
 from raymill.runtime.errors import ModelError
 
 
@@ -29,13 +30,15 @@ def load(data: Data) -> Loaded:
     booster.set_param({"nthread": 1})  # replicas share their cores with everything else
     columns = booster.num_features()
     call = _Call(booster)
+    walk = walk_of(booster, call) if columns else None
 
     def predict(x: F32) -> F32:
         if x.ndim != 2 or x.shape[1] != columns:
             raise ModelError(f"the trees take [rows, {columns}] float32, not {list(x.shape)}: check the features")
         if not len(x):
             return np.empty(0, np.float32)
-        return call(x)
+        x = np.ascontiguousarray(x, dtype="<f4")
+        return walk(x) if walk is not None and len(x) <= FEW_ROWS else call(x)
 
     return Loaded(kind=Kind.XGBOOST, run=predict, columns=columns, names=tuple(booster.feature_names or ()))
 
@@ -61,7 +64,7 @@ class _Call:
         self._lock = threading.Lock()
 
     def __call__(self, x: F32) -> F32:
-        x = np.ascontiguousarray(x, dtype="<f4")
+        """Of rows that lie in memory one after the other."""
         rows, columns = x.shape
         array = b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (x.ctypes.data, rows, columns)
         with self._lock:  # the answer lies in memory of the booster's, until its next call
