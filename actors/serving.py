@@ -30,11 +30,14 @@ from raymill.actors.fastlane import Fast
 from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
+from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.models import Answer, LoadedModel, ModelSet, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.rollout import ModelSpec
+from raymill.actors.rollout_watch import Reporter
+from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import (
     NoSuchPath,
@@ -67,8 +70,12 @@ class ServingReplica:
         load: Any = None,
         fast_lane: bool = True,
         keys: str = KeyPolicy.OFF,
+        control: dict[str, Any] | None = None,
     ) -> None:
-        """Serve gives `home`, `fast_lane`, `keys` (a `KeyPolicy`); the others stand for actors without Ray."""
+        """Serve gives `home`, `fast_lane`, `keys`, `control`; the others stand for actors where there is no Ray.
+
+        `keys` is a `KeyPolicy`, `control` what `Endpoint.control` says.
+        """
         self._home = Home(Path(home))
         self._records = records if records is not None else RemoteRecords()
         self.name = new_ids(1)[0]
@@ -81,7 +88,9 @@ class ServingReplica:
             open_reader=open_reader or partial(surroundings.open_features, self._home),
         )
         self._readings = Readings(self._records, self._lakes)
+        self._reporter = Reporter(self._home, control, self.name, self._report)
         self._lanes: dict[str, Lane] = {}
+        self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
         self.door = Door(KeyPolicy(keys), self._records)
@@ -99,6 +108,7 @@ class ServingReplica:
         """Ship the log and end."""
         if self._started:
             self._started = False
+            self._reporter.stop()
             self.door.stop()
             self._thread.shutdown()
             self._log.stop()
@@ -108,13 +118,20 @@ class ServingReplica:
         if not self._started:
             raise Unavailable("the replica is not started, or stops")
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the number of replicas follows the load: what `autoscaling` decides by."""
+        return as_stats(self._load.reading())
+
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Bring models and versions to `config`, beside the running traffic; what can not be loaded is told.
 
         Raises:
             SpecError: the value is not what `rollout.to_user_config` writes.
         """
-        await asyncio.get_running_loop().run_in_executor(None, self._models.apply, config)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._reporter.start)
+        await loop.run_in_executor(None, self._models.apply, config)
+        self._reporter.now()
         for name, model in self._models.models.items():
             self._lane(name, model.spec)
 
@@ -216,6 +233,7 @@ class ServingReplica:
                 self._thread,
                 max_batch_rows=spec.max_batch_rows,
                 max_rows=spec.max_queue_rows,
+                meter=self._load,
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         return lane
@@ -296,6 +314,9 @@ class ServingReplica:
         match parts:
             case ("replica",):
                 return asgi.json_reply(self._state())
+            case ("replicas",) if _only(request, "GET"):
+                found = await loop.run_in_executor(None, self._reporter.reports)
+                return asgi.json_reply({"replicas": [r.to_json() for r in found]})
             case ("flush",) if _only(request, "POST"):
                 taken = await loop.run_in_executor(None, self._log.flush)
                 return asgi.json_reply({**self._state(), "flushed": taken})
@@ -318,6 +339,20 @@ class ServingReplica:
         columns = {"id": pa.array(rows.ids), "at": pa.array(rows.at).cast(wire.TIMESTAMP)}
         columns |= {feature: pa.array(np.ascontiguousarray(x[:, j])) for j, feature in enumerate(model.spec.inputs)}
         return Reply(200, wire.write_stream(pa.table(columns)), content_type=wire.ARROW_STREAM)
+
+    def _report(self) -> Report:
+        models = self._models
+        return Report(
+            replica=self._reporter.replica,
+            generation=models.generation,
+            failures=models.failures,
+            roles={
+                name: {r.version: str(r.role) for r in m.routes if r.role.answers and r.weight > 0}
+                for name, m in models.models.items()
+            },
+            tallies=models.attempts.tallies(),
+            benched=models.attempts.benched_by_model(),
+        )
 
     def _state(self) -> dict[str, Any]:
         models = {
@@ -357,6 +392,7 @@ PATHS = [
     "GET /raymill/freshness[?model=&at=]",
     "GET /raymill/consistency[?model=]",
     "GET /raymill/replica",
+    "GET /raymill/replicas",
     "POST /raymill/features/{model}",
     "POST /raymill/flush",
     "GET /healthz",
@@ -368,7 +404,10 @@ def build(args: dict[str, Any]) -> Any:
     from ray import serve
 
     return serve.deployment(serve.ingress()(ServingReplica), name=DEPLOYMENT).bind(
-        args["home"], fast_lane=args.get("fast_lane", True), keys=args.get("keys", KeyPolicy.OFF)
+        args["home"],
+        fast_lane=args.get("fast_lane", True),
+        keys=args.get("keys", KeyPolicy.OFF),
+        control=args.get("control"),
     )
 
 

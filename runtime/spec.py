@@ -110,10 +110,16 @@ class Serve:
 
     p99: Duration = "50ms"
     """Latency wanted of 99 of 100 requests."""
-    min_replicas: Annotated[int, Field(ge=1)] = 1
-    """Fewest replicas."""
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """Fewest replicas; 0: none while nobody asks, and whoever asks then is held until the first has started."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
-    """Most replicas."""
+    """Most replicas; those between follow the load, as far as the pool grants them."""
+    warm: Annotated[int, Field(ge=0)] = 0
+    """Replicas beyond those that the load needs: they take their part of it, and no start has to be waited for."""
+    cooldown: Duration = "30s"
+    """How long the load must have been low before a replica is taken away."""
+    idle: Duration = "5m"
+    """With `min_replicas=0`: how long nobody must have asked before the last replica is taken away."""
     anywhere: bool = False
     """Whether replicas may run on other hosts than the head's; lake and online store must then be URLs."""
     max_batch_rows: Annotated[int, Field(ge=1)] = 1024
