@@ -162,9 +162,10 @@ def _manifest(plan: BatchPlan, done: list[Done]) -> str:
 
 def _done(plan: BatchPlan, home: Home, workers: int) -> Iterator[Done]:
     """The pieces, each when it is done."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells its plan and progress at every run
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells plan and progress, and of errors the traces
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     workers = min(workers, len(plan.pieces))
     with ray.data.DataContext.current(context):
         pieces = ray.data.from_items([{"piece": p.number} for p in plan.pieces], override_num_blocks=len(plan.pieces))
@@ -181,10 +182,9 @@ def _done(plan: BatchPlan, home: Home, workers: int) -> Iterator[Done]:
             for block in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield from (Done(**row) for row in block.to_pylist())
         except RayTaskError as err:
-            cause: Any = err.cause
-            while cause is not None and not isinstance(cause, RaymillError):
-                cause = cause.__cause__
-            raise cause or Unavailable(f"the batch job's workers failed: {in_short(err)}") from err
+            if isinstance(err.cause, RaymillError):
+                raise err.cause from err
+            raise Unavailable(f"the batch job's workers failed: {in_short(err)}; the same again goes on") from err
 
 
 class _Answering:

@@ -1,0 +1,90 @@
+"""A batch job on Ray Data's actors, one of which is killed in the middle of it."""
+
+import os
+import signal
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from raymill.actors.batch_job import plan_job, run_job
+from raymill.actors.batch_plan import BatchRequest
+from raymill.actors.rollout import ModelSpec, Role, Route
+from raymill.runtime.errors import ContractError, ModelError
+from raymill.runtime.home import Home
+from raymill.runtime.records import NAME, RecordsActor
+from raymill.runtime.spawn import ask, find, spawn
+
+xgboost = pytest.importorskip("xgboost")
+FILES, ROWS = 24, 500
+INPUTS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A home with a model of two versions, the second damaged; and what its first one answers."""
+    home = tmp_path_factory.mktemp("home") / "raymill"
+    ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
+    spawn(RecordsActor, str(home), name=NAME)
+    x = np.random.default_rng(0).normal(size=(FILES * ROWS, 3)).astype(np.float32)
+    booster = xgboost.train({"objective": "binary:logistic", "nthread": 1}, xgboost.DMatrix(x, x[:, 0] > x[:, 1]), 20)
+    routes = []
+    for i, program in enumerate((bytes(booster.save_raw("ubj")), b"{damaged")):
+        call = find(NAME).register.remote("trees", "model", program, None, f"t{i}", {}, 0.5)
+        version = ask(call)
+        routes.append(Route(version=version.version, digest=version.digest, role=Role.LIVE, weight=1.0 - i))
+    yield Home(home), ModelSpec(name="trees", label="p", inputs=INPUTS, routes=tuple(routes)), x, booster
+    ray.shutdown()
+
+
+def write_table(folder, x):
+    folder.mkdir()
+    for i in range(FILES):
+        part = x[i * ROWS : (i + 1) * ROWS]
+        pq.write_table(pa.table({name: part[:, j] for j, name in enumerate(INPUTS)}), folder / f"{i:03d}.parquet")
+    return str(folder)
+
+
+def workers():
+    """Processes of the workers, of this test's cluster alone."""
+    mine = {p.pid for p in psutil.Process().children(recursive=True)}
+    titles = ((p.pid, " ".join(p.cmdline())) for p in psutil.process_iter() if p.pid in mine)
+    return [pid for pid, title in titles if "_Answering" in title]
+
+
+def test_a_killed_worker_costs_no_row_and_doubles_none_and_the_job_is_done_once(served, tmp_path):
+    home, model, x, booster = served
+    request = BatchRequest(table=write_table(tmp_path / "rows", x), out=str(tmp_path / "out"))
+    plan = plan_job(model, model.routes[0], request, home)
+    killed = []
+
+    def kill_one(done, of):
+        if not killed and (pids := workers()):
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
+
+    summary = run_job(plan, home, workers=2, on_piece=kill_one)
+    assert killed and (summary.rows, summary.rejected, summary.parts) == (FILES * ROWS, 0, FILES)
+    answers = pads.dataset(request.out, format="parquet").to_table()
+    wanted = booster.inplace_predict(x)
+    assert answers["p"].to_numpy().tobytes() == wanted.tobytes()
+    assert len(set(answers["id"].to_pylist())) == FILES * ROWS
+    again = run_job(plan_job(model, None, request, home), home)
+    assert (again.rows, again.answered_now, again.job) == (FILES * ROWS, 0, summary.job)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_as_it_is(served, tmp_path):
+    home, model, x, _ = served
+    table = write_table(tmp_path / "rows", x)
+    broken = plan_job(model, model.routes[1], BatchRequest(table=table, out=str(tmp_path / "broken")), home)
+    with pytest.raises(ModelError, match="version 2 of model 'trees' can not be loaded"):
+        run_job(broken, home, workers=1)
+    plan = plan_job(model, None, BatchRequest(table=table, out=str(tmp_path / "out")), home)
+    (tmp_path / "rows" / "005.parquet").write_bytes(b"no longer a table")
+    with pytest.raises(ContractError, match=r"005.parquet is not what it was"):
+        run_job(plan, home, workers=1)
+    assert not (tmp_path / "out" / "_manifest.json").exists()
