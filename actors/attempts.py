@@ -99,6 +99,13 @@ class Attempts:
                 self._counts.pop((model, version), None)
         return found
 
+    def benched_by_model(self) -> dict[str, dict[int, str]]:
+        """Model → version → why it gets no rows in this replica."""
+        found: dict[str, dict[int, str]] = {}
+        for (model, version), why in list(self.benched.items()):
+            found.setdefault(model, {})[version] = why
+        return found
+
     def compute(self, batch: Batch) -> None:
         """Fill in answers and errors."""
         stable = _stable(batch.routes)
@@ -148,7 +155,7 @@ class Attempts:
         x = np.concatenate([batch.x[batch.span(q)] for q in questions])
         try:
             return bool(np.isfinite(batch.programs[batch.routes[stable].version](x)).all())
-        except (RuntimeError, ValueError, TypeError):
+        except Exception:  # noqa: BLE001 - edge of a user's program, as in `_run`
             return False
 
     def _compute_last(self, batch: Batch, place: int) -> None:
@@ -195,7 +202,7 @@ class Attempts:
             if p.shape != (len(x),):
                 raise ValueError(f"{len(x)} rows got answers of shape {list(p.shape)}")
             return p
-        except (RuntimeError, ValueError, TypeError) as err:
+        except Exception as err:  # whatever a program raises is the version's failure
             raise ModelError(f"version {route.version} of model {batch.spec.name!r} failed: {err}") from err
         finally:
             now_s = self._clock()

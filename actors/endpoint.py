@@ -10,14 +10,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from raymill.actors.rollout import ModelSpec, from_user_config, generation, to_user_config
+from raymill.actors.rollout import ModelSpec, from_user_config, generation, reroute, to_user_config, without
+from raymill.actors.version_health import Report
 from raymill.runtime.errors import ClusterError, ModelError, Unavailable
 from raymill.runtime.home import Home
+from raymill.runtime.messages import Stage
+from raymill.runtime.turns import turn
 
 APPLICATION = "raymill"
 IMPORT_PATH = "raymill.actors.serving:build"
@@ -28,7 +32,7 @@ GRACE_S = 12.0
 """How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
 Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
 _API = "/api/serve/applications/"
-_POLL_S = 0.1
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +72,17 @@ class Endpoint:
         url: str = "http://127.0.0.1:8000",
         serve_options: dict[str, Any] | None = None,
         headers: Callable[[], dict[str, str]] | None = None,
+        reports: Callable[[], list[Report]] | None = None,
     ) -> None:
         """Args are the places: Ray's dashboard, the home that replicas open, the endpoint itself.
 
         `serve_options` is what a session says of proxy and HTTP options; absent: from `url`. `headers` gives the
-        authentication for the dashboard; absent: as Ray's own client does.
+        authentication for the dashboard; absent: as Ray's own client does. `reports` gives what every replica says of
+        itself; absent: one of them is asked.
         """
         self._home = home
+        self._reports = reports or self._asked_reports
+        self._control = {"dashboard_url": dashboard_url, "url": url}
         self.url = url.rstrip("/")
         parsed = httpx.URL(self.url)
         options = {"host": parsed.host, "port": parsed.port or 80}
@@ -106,6 +114,38 @@ class Endpoint:
         config["applications"][0]["deployments"][0]["user_config"] = to_user_config(models)
         self._change(config, timeout_s)
 
+    def follow(self, records: Any, model: str) -> bool:
+        """Bring the replicas to a model's versions in the registry; whether it is served at all.
+
+        Raises:
+            ModelError: as `set_models`.
+        """
+        with self.turn():
+            served = self.models()
+            if all(m.name != model for m in served):
+                return False
+            versions = records.versions(model)
+            self.set_models([reroute(m, versions) if m.name == model else m for m in served])
+            return True
+
+    def withdraw(self, records: Any, model: str, version: int) -> bool:
+        """Take a version out of the replicas, by the registry where that knows which is live; whether it was there."""
+        with self.turn():
+            served = self.models()
+            if all(m.name != model or all(r.version != version for r in m.routes) for m in served):
+                return False
+            versions = records.versions(model)
+            managed = any(v.stage is Stage.LIVE for v in versions)
+            changed = [
+                m if m.name != model else reroute(m, versions) if managed else without(m, version) for m in served
+            ]
+            self.set_models(changed)
+            return True
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside the block no other process changes what is served: the configuration is read and written whole."""
+        return turn(self._home.locks / "served.lock")
+
     def plan(self, models: Iterable[ModelSpec], placement: Placement) -> dict[str, Any]:
         """The configuration that `deploy` sends."""
         actor: dict[str, Any] = {"num_cpus": placement.cpus}
@@ -132,7 +172,7 @@ class Endpoint:
             "name": APPLICATION,
             "route_prefix": "/",
             "import_path": IMPORT_PATH,
-            "args": {"home": str(self._home.root)},
+            "args": {"home": str(self._home.root), "control": {**self._control, "serve_options": self._options}},
             "deployments": [deployment],
         }
         return {**self._options, "applications": [application]}
@@ -207,13 +247,37 @@ class Endpoint:
                 raise ClusterError(
                     f"Serve could not bring {APPLICATION!r} up: {told}; its log is under `serve/` of Ray's"
                 )
-            if application.get("status") == "RUNNING":
-                states = self._visit("GET", "/raymill/replica", end_s)
-                if all(s["generation"] == wanted for s in states):
-                    _raise_failures(states)
-                    return
+            if application.get("status") == "RUNNING" and self._acknowledged(application, wanted):
+                return
             time.sleep(_POLL_S)
         raise ClusterError(f"{APPLICATION!r} is not up in time: {told}; `raymill doctor` looks at the machine")
+
+    def _acknowledged(self, application: dict[str, Any], wanted: str) -> bool:
+        """Whether every replica that Serve counts as running has said that it has applied this configuration.
+
+        Raises:
+            ModelError: one could not load a version.
+        """
+        replicas = application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
+        running = {r["replica_id"] for r in replicas if r["state"] == "RUNNING"}
+        if not running:
+            return not replicas  # scaled to zero: whoever starts is given this configuration
+        told = [r for r in self._reports() if r.replica in running]
+        if len(told) < len(running) or any(r.generation != wanted for r in told):
+            return False
+        failed = {(name, v): why for r in told for name, f in r.failures.items() for v, why in f.items()}
+        if failed:
+            reasons = "; ".join(f"version {v} of {name}: {why}" for (name, v), why in failed.items())
+            raise ModelError(f"not loaded, so it takes no traffic: {reasons}")
+        return True
+
+    def _asked_reports(self) -> list[Report]:
+        """What the replicas say of themselves, as one of them knows; nothing while none answers."""
+        try:
+            answer = self._http.get("/raymill/replicas", timeout=5.0)
+        except httpx.TransportError:  # the proxy is not up yet, or the replica is just leaving
+            return []
+        return [Report.from_json(r) for r in answer.json()["replicas"]] if answer.status_code == 200 else []
 
     def _visit(self, method: str, path: str, end_s: float) -> list[dict[str, Any]]:
         """The same request to every replica: a new connection each time, until as many have answered as run."""
@@ -260,10 +324,3 @@ def _told(application: dict[str, Any]) -> str:
     deployment = application.get("deployments", {}).get(DEPLOYMENT, {})
     parts = (application.get("status", "absent"), application.get("message"), deployment.get("message"))
     return ": ".join(p.strip()[-1500:] for p in parts if p)
-
-
-def _raise_failures(states: list[dict[str, Any]]) -> None:
-    failed = {(name, v): why for s in states for name, f in s["failures"].items() for v, why in f.items()}
-    if failed:
-        told = "; ".join(f"version {v} of {name}: {why}" for (name, v), why in failed.items())
-        raise ModelError(f"not loaded, so it takes no traffic: {told}")

@@ -9,8 +9,9 @@ whatever the number of calls, so that there is no least number to choose: a vers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 ERROR = 1e-4
 """Chance that a share is not within its bound; the counts are looked at again and again."""
@@ -111,3 +112,66 @@ def pooled(told: Iterable[Mapping[int, Tally]]) -> dict[int, Tally]:
         for version, tally in replica.items():
             found[version] = found.get(version, Tally()) + tally
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a replica says of itself, about twice a second and at once after a change."""
+
+    replica: str
+    """Serve's id of it."""
+    generation: str
+    """The configuration that it has applied."""
+    failures: Mapping[str, Mapping[int, str]]
+    """Model → version → why it could not be loaded."""
+    roles: Mapping[str, Mapping[int, str]]
+    """Model → version that answers → its `Role`."""
+    tallies: Mapping[str, Mapping[int, Tally]]
+    """Model → version → what it did lately; also of those that answer no more."""
+    benched: Mapping[str, Mapping[int, str]]
+    """Model → version → why it gets no rows in this replica."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` reads back."""
+        return {k: _with_keys(v, str) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Report:
+        """What `to_json` gave."""
+        numbered = {k: _with_keys(v, int) for k, v in value.items()}
+        tallies = {m: {v: Tally(**t) for v, t in found.items()} for m, found in numbered["tallies"].items()}
+        return cls(**{**numbered, "tallies": tallies})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawal:
+    """A version that has to go."""
+
+    model: str
+    version: int
+    canary: bool
+    reason: str
+
+
+def withdrawals(told: Sequence[Report]) -> list[Withdrawal]:
+    """The versions that have to go, by what all replicas say; of a model one at most, its canary before its live."""
+    found: dict[str, Withdrawal] = {}
+    for model in sorted({m for r in told for m in r.roles}):
+        tallies = pooled(r.tallies.get(model, {}) for r in told)
+        roles = {v: role for r in told for v, role in r.roles.get(model, {}).items()}
+        benched = {v: why for r in told for v, why in r.benched.get(model, {}).items()}
+        live = sum((tallies.get(v, Tally()) for v, role in roles.items() if role == "live"), Tally())
+        before = sum((t for v, t in tallies.items() if v not in roles), Tally())
+        for version, role in sorted(roles.items(), key=lambda item: item[1] == "live"):
+            canary = role != "live"
+            other = live if canary else before
+            why = benched.get(version) or verdict(tallies.get(version, Tally()), other, canary=canary)
+            if why:
+                found.setdefault(model, Withdrawal(model=model, version=version, canary=canary, reason=why))
+    return list(found.values())
+
+
+def _with_keys(value: Any, key: type) -> Any:
+    return (
+        {m: {key(v): x for v, x in found.items()} for m, found in value.items()} if isinstance(value, dict) else value
+    )
