@@ -1,8 +1,9 @@
 """Whether rows fit what their source declares: pure; bad rows get a reason, a batch of another shape is refused.
 
 Reasons: `type:<column>` (the value can not be read as the column's type), `null:<column>`, `range:<column>`,
-`one_of:<column>`, `reference:<column>` (no row of the other source has the value), `duplicate_key`, and those of
-`media.py`. A row gets one: types and media first, then column by column as declared, then references, the key last.
+`one_of:<column>`, `reference:<column>` (no row of the other source has the value), `duplicate_key`, `other_values`
+(of a source with corrections: key and `known_at` are those of a row that has other values), and those of `media.py`. A
+row gets one: types and media first, then column by column as declared, then references, the key last.
 A key or time column is never null, whatever the schema says; NaN is null; an infinity is out of range.
 A batch is refused as a whole for its shape, its age (`freshness`) and its nulls (`max_null_share`).
 
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymill.actors.keys import repeats
+from raymill.actors.keys import first_alike, plain_rows
 from raymill.actors.media import MEDIA, as_media, checked, is_media
 from raymill.actors.row_text import blobs_of, json_rows
 from raymill.runtime.errors import ContractError
@@ -44,7 +45,7 @@ NULL_SHARE_ROWS = 100
 REJECTED_SCHEMA = pa.schema([("row", pa.string()), ("reason", pa.string())])
 
 IsKnown = Callable[[pa.Table], np.ndarray]
-"""Key columns of n rows → bool [n]: which keys the lake holds already."""
+"""n rows, or key columns of them → bool [n]: which the lake holds already."""
 HasValues = Callable[[str, pa.Array], np.ndarray]
 """(`<source>.<column>`, values [n]) → bool [n]: which of them stand in that column of the lake."""
 
@@ -54,7 +55,9 @@ class InLake:
     """What the contract asks of the lake."""
 
     keys: IsKnown | None = None
-    """Which keys were accepted before; absent: none."""
+    """Which keys (`Source.version_key`) were accepted before; absent: none."""
+    rows: IsKnown | None = None
+    """Which whole rows were accepted before; asked of a source with corrections, about rows whose keys were."""
     values: HasValues | None = None
     """Which referred values exist; absent: references are not checked."""
 
@@ -118,11 +121,7 @@ def check(
     if lake is not None and lake.values is not None:
         _check_references(reasons, typed, source, lake.values)
     sound = np.flatnonzero(reasons == "")
-    keys = typed.select(list(source.key)).take(sound)
-    again = repeats(keys)
-    if lake is not None and lake.keys is not None:
-        again |= lake.keys(keys)
-    reasons[sound[again]] = "duplicate_key"
+    reasons[sound] = _repeats(typed.take(sound), source, lake)
     good = reasons == ""
     accepted = typed if good.all() else typed.filter(pa.array(good))
     _check_freshness(accepted, source, at)
@@ -261,6 +260,22 @@ def _check_references(reasons: np.ndarray, typed: pa.Table, source: Source, has:
         where = np.flatnonzero((reasons == "") & typed[name].is_valid().to_numpy())
         values = typed[name].take(where).combine_chunks()
         _mark(reasons, where[~has(declared.references, values)], f"reference:{name}")
+
+
+def _repeats(typed: pa.Table, source: Source, lake: InLake | None) -> np.ndarray:
+    """Reason [n] of each row whose key is that of a row before it or in the lake; empty for the others."""
+    keys = typed.select(list(source.version_key))
+    first = first_alike(keys)
+    within = first != np.arange(len(first))
+    before = lake.keys(keys) if lake is not None and lake.keys is not None else np.zeros(len(first), np.bool_)
+    reasons = np.where(within | before, "duplicate_key", "").astype(object)
+    if source.corrected and (within | before).any():
+        here, there = np.flatnonzero(within & ~before), np.flatnonzero(before)
+        pairs = zip(plain_rows(typed.take(here)), plain_rows(typed.take(first[here])), strict=True)
+        reasons[here[[a != b for a, b in pairs]]] = "other_values"
+        if lake is not None and lake.rows is not None and len(there):
+            reasons[there[~lake.rows(typed.take(there))]] = "other_values"
+    return reasons
 
 
 def _check_freshness(accepted: pa.Table, source: Source, at: int | None) -> None:

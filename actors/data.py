@@ -4,8 +4,9 @@ Invariants
 - The commit of a batch to its source's lake table is the commit of the batch: quarantine is written before it, both
   carry the batch id, nothing is acknowledged before both are durable. A batch that is sent again (blindly, after
   kill -9 at any point) completes what is missing, doubles nothing and is told the same counts.
-- No two rows of a source's lake table have the same key. The index of keys is derived from the table: it is built
-  when it is first needed and again whenever the table has moved without it.
+- No two rows of a source's lake table have the same key; where the source has corrections, the same key and known-at.
+  The index of keys is derived from the table: it is built when it is first needed and again whenever the table has
+  moved without it.
 - A batch id stands for its rows for ever: other rows under a known id are refused.
 """
 

@@ -3,7 +3,9 @@
 Invariants
 - A training set is a function of its manifest alone: pinned lake versions, the definitions, the label's rule and the
   range of time; its rows are sorted by (event time, key hash), whatever order the lake gives them in.
-- A row's features are those of its own event time; its label counts only if it was known at `known_until`.
+- A row's features are those of its own event time; its label counts only if it was known at `known_until`. Of a row
+  that was corrected the label is that of the newest version known then, all else that of the first one: what was
+  corrected later could not be asked with.
 - The online store holds every row that the lake held at its `lake_version`; what a crash or a missed batch left out is
   read again from the lake, which changes nothing that is in already.
 """
@@ -207,13 +209,14 @@ class FeatureActor:
         """Labelled rows of the range in their order, their moments, their labels; and how many have none."""
         label, source = self._pipeline.label, self._plan.row
         history = History.of(rows, source)
-        order = np.lexsort((history.key_hash, history.time))
-        order = order[(history.time[order] >= start_at) & (history.time[order] < end_at)]
-        rows = rows.take(order)
-        value = evaluate(label.value, columns_of(rows, label.value.columns(), source.dtypes), len(rows))
-        known = history.known[order]
+        first, newest = history.versions(known_until)
+        inside = (history.time[first] >= start_at) & (history.time[first] < end_at)
+        first, newest = first[inside], newest[inside]
+        values = columns_of(rows.select(label.value.columns()).take(newest), label.value.columns(), source.dtypes)
+        value = evaluate(label.value, values, len(newest))
+        known = history.known[newest]
         has = ~np.isnan(value) & (known <= known_until) & (known != NEVER)
-        return rows.filter(pa.array(has)), history.time[order][has], value[has] != 0, int((~has).sum())
+        return rows.take(first[has]), history.time[first][has], value[has] != 0, int((~has).sum())
 
     def _manifest(self, versions: dict[str, int], span: tuple[int, int, int], rows: int, left_out: int) -> Manifest:
         start_at, end_at, known_until = span

@@ -36,8 +36,13 @@ class KeyIndex:
         if len(self._fresh) + len(hashes) < self.MERGE_AT:
             self._fresh.update(hashes.tolist())
             return
-        fresh = np.fromiter(self._fresh, np.uint64, len(self._fresh))
-        self._sorted = np.unique(np.concatenate([self._sorted, fresh, hashes]))
+        waiting = np.fromiter(self._fresh, np.uint64, len(self._fresh))
+        fresh = np.unique(np.concatenate([waiting, hashes]))
+        place = np.searchsorted(self._sorted, fresh)
+        if len(self._sorted):
+            new = self._sorted[np.minimum(place, len(self._sorted) - 1)] != fresh
+            fresh, place = fresh[new], place[new]
+        self._sorted = np.insert(self._sorted, place, fresh)  # sorting all of it anew takes twenty times as long
         self._fresh = set()
 
     def maybe(self, hashes: np.ndarray) -> np.ndarray:
@@ -57,22 +62,35 @@ def key_hashes(keys: pa.Table) -> np.ndarray:
     return mixed
 
 
-def repeats(keys: pa.Table) -> np.ndarray:
-    """Bool [n]: true where an earlier row has the same key (compared by value, not by hash)."""
+def first_alike(keys: pa.Table) -> np.ndarray:
+    """Number [n] of the first row that has the same key (compared by value, not by hash): itself, for a new one."""
     hashes = key_hashes(keys)
-    found = np.zeros(keys.num_rows, np.bool_)
+    found = np.arange(keys.num_rows)
     _, group, size = np.unique(hashes, return_inverse=True, return_counts=True)
     suspects = np.flatnonzero(size[group] > 1)
-    seen: set[tuple[Any, ...]] = set()
+    seen: dict[tuple[Any, ...], int] = {}
     for i, key in zip(suspects.tolist(), key_tuples(keys.take(suspects)), strict=True):
-        found[i] = key in seen
-        seen.add(key)
+        found[i] = seen.setdefault(key, i)
     return found
 
 
 def key_tuples(keys: pa.Table) -> list[tuple[Any, ...]]:
     """Each row as a tuple of plain values."""
     return list(zip(*(c.to_pylist() for c in keys.columns), strict=True))
+
+
+def plain_rows(rows: pa.Table) -> list[tuple[Any, ...]]:
+    """Each row as a tuple that tells it from others: a NaN is a null, media are their checksums."""
+    columns = {name: _plain(rows[name].combine_chunks()) for name in rows.column_names}
+    return key_tuples(pa.table(columns))
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    if pa.types.is_struct(values.type):
+        return pc.struct_field(values, "sha256")
+    if pa.types.is_floating(values.type):
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    return values
 
 
 def _column_words(values: pa.Array) -> np.ndarray:

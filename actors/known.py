@@ -14,13 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.contract import InLake
-from raymill.actors.keys import KeyIndex, key_hashes, key_tuples
+from raymill.actors.keys import KeyIndex, key_hashes, key_tuples, plain_rows
 from raymill.actors.lake import Lake
 from raymill.runtime.spec import Source
 
 
 class Known:
-    """Keys and referred values of the lake's tables; 8 bytes a key, referred values in full. Not thread-safe."""
+    """Keys and referred values of the lake's tables; 8 bytes a row, referred values in full. Not thread-safe.
+
+    Where rows are corrected, a key is one of a version: `Source.version_key`.
+    """
 
     def __init__(self, lake: Lake) -> None:
         self._lake = lake
@@ -34,7 +37,11 @@ class Known:
     def look_up(self, source: Source) -> InLake:
         """What the contract may ask about a batch of the source."""
         index = self.index(source)
-        return InLake(keys=lambda keys: self._has_keys(source, index, keys), values=self._has_values)
+        return InLake(
+            keys=lambda keys: self._has_keys(source, index, keys),
+            rows=lambda rows: self._has_rows(source, rows),
+            values=self._has_values,
+        )
 
     def index(self, source: Source) -> KeyIndex:
         """The keys in the lake now; built anew if the table is not at the version it was last brought to."""
@@ -43,7 +50,7 @@ class Known:
             return self._indexes[source.name][1]
         index = KeyIndex()
         if version is not None:
-            index.add(key_hashes(self._lake.read(source.name, version=version, columns=source.key)))
+            index.add(key_hashes(self._lake.read(source.name, version=version, columns=source.version_key)))
         self._indexes[source.name] = (version, index)
         return index
 
@@ -54,7 +61,7 @@ class Known:
     def appended(self, source: Source, rows: pa.Table, version: int) -> None:
         """Take note of rows that this process has appended, which made that version of the table."""
         _, index = self._indexes[source.name]
-        index.add(key_hashes(rows.select(list(source.key))))
+        index.add(key_hashes(rows.select(list(source.version_key))))
         self._indexes[source.name] = (version, index)
 
     def _has_keys(self, source: Source, index: KeyIndex, keys: pa.Table) -> np.ndarray:
@@ -63,9 +70,17 @@ class Known:
         hits = np.flatnonzero(found)
         if len(hits):
             suspects = keys.take(hits)
-            held = set(key_tuples(self._lake.read(source.name, columns=source.key, where=_among(suspects, source.key))))
+            where = _among(suspects, source.key)
+            held = set(key_tuples(self._lake.read(source.name, columns=source.version_key, where=where)))
             found[hits] = [key in held for key in key_tuples(suspects)]
         return found
+
+    def _has_rows(self, source: Source, rows: pa.Table) -> np.ndarray:
+        """Bool [n]: which rows the lake holds just as they are."""
+        names = list(source.schema)
+        held = self._lake.read(source.name, columns=names, where=_among(rows, source.key))
+        there = set(plain_rows(held))
+        return np.array([row in there for row in plain_rows(rows.select(names))], np.bool_)
 
     def _has_values(self, place: str, values: pa.Array) -> np.ndarray:
         """Bool [n]: which values stand in the column `<source>.<column>` of the lake."""

@@ -1,8 +1,8 @@
 """What was predicted and what came of it: the drift monitor's window, as compact numpy arrays by period.
 
 Invariants: what a query gives depends only on the set of rows that was added, not on their order or on how often
-they came: predictions are told apart by id (the first by wall time stands), labels by row key (the first to become
-known stands). A label counts from the moment at which it became known, never before.
+they came: predictions are told apart by id (the first by wall time stands), labels by row key (of its versions the
+newest that is known stands). A label counts from the moment at which it became known, never before.
 """
 
 from __future__ import annotations
@@ -96,12 +96,11 @@ class Observed:
         return len(rows)
 
     def add_labels(self, keys: Iterable[str], y: NDArray[np.float64], known_at: NDArray[np.int64]) -> int:
-        """Take in labels by key text; those that are null or never known are left out. Returns how many were kept."""
+        """Take in labels by key text, NaN where a version takes one back; returns how many there are in them."""
         labels = np.empty(len(y), _LABEL)
         labels["key"], labels["known_at"], labels["y"] = _hashes(keys), known_at, y
-        labels = labels[np.isfinite(y) & (known_at != NEVER)]
-        self._new_labels.append(labels)
-        return len(labels)
+        self._new_labels.append(labels[known_at != NEVER])
+        return int((np.isfinite(y) & (known_at != NEVER)).sum())
 
     def rows(self, start_at: int, end_at: int, known_until: int) -> Rows:
         """Predictions with `start_at` ≤ at < `end_at`, with the labels that were known at `known_until`."""
@@ -123,14 +122,20 @@ class Observed:
     def _known(self, keys: NDArray[np.uint64], known_until: int) -> NDArray[np.float32]:
         if self._new_labels:
             labels = np.concatenate([self._labels, *self._new_labels])
-            labels = labels[np.lexsort((labels["known_at"], labels["key"]))]
-            self._labels, self._new_labels = labels[np.diff(labels["key"], prepend=np.uint64(0)) != 0], []
+            labels = labels[np.lexsort((labels["y"], labels["known_at"], labels["key"]))]
+            again = (labels["key"][1:] == labels["key"][:-1]) & (labels["known_at"][1:] == labels["known_at"][:-1])
+            self._labels, self._new_labels = labels[np.r_[True, ~again][: len(labels)]], []
         labels, y = self._labels, np.full(len(keys), np.nan, np.float32)
-        if not len(labels):
-            return y
-        place = np.minimum(np.searchsorted(labels["key"], keys), len(labels) - 1)
-        found = (labels["key"][place] == keys) & (labels["known_at"][place] <= known_until)
-        y[found] = labels["y"][place[found]]
+        place = np.searchsorted(labels["key"], keys, side="right") - 1
+        row = np.flatnonzero(place >= 0)
+        while len(row):  # from the last version back to one that is known; hardly ever twice
+            there = labels[place[row]]
+            mine = there["key"] == keys[row]
+            known = there["known_at"] <= known_until
+            y[row[mine & known]] = there["y"][mine & known]
+            row = row[mine & ~known]
+            place[row] -= 1
+            row = row[place[row] >= 0]
         return y
 
     def _compact(self, predictions: pa.Table) -> Rows:

@@ -129,6 +129,19 @@ class History:
         known[time == NEVER] = NEVER
         return cls(time, known, key_hashes(rows, source.key, source.dtypes))
 
+    def versions(self, until: int) -> tuple[Ints, Ints]:
+        """Rows in the order of (event time, key hash), the versions of each as one: its first, its newest known then.
+
+        Where none is known then, the newest is the first, too.
+        """
+        order = self.by_time
+        time, key = self.time[order], self.key_hash[order]
+        begins = np.r_[True, (time[1:] != time[:-1]) | (key[1:] != key[:-1])][: len(order)]
+        starts = np.flatnonzero(begins)
+        known = (self.known[order] <= until) & (self.known[order] != NEVER)
+        count = np.add.reduceat(known, starts, dtype=np.int64) if len(starts) else starts
+        return order[starts], order[starts + np.maximum(count - 1, 0)]
+
     def pack(self, codes: Ints, groups: int, operands: Floats) -> tuple[Ints, Ints]:
         """Records of the groups, as `windows.pack` makes them."""
         return pack(codes, groups, self.by_time, self.by_known, self.time, self.known, self.key_hash, operands)

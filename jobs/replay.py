@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors.data import SEEDED
+from raymill.actors.keys import first_alike
 from raymill.runtime.errors import SpecError
 from raymill.runtime.source_spec import parents_first
 from raymill.runtime.spec import Pipeline, Replay, Source
@@ -47,7 +48,7 @@ class Recording:
             raise SpecError(f"pipeline {pipeline.name!r} has no replay: add replay=Replay(history_until=...)")
         self.replay: Replay = pipeline.replay
         self.pipeline = pipeline
-        self._tables = {s.name: tables[s.name].sort_by(s.time) for s in pipeline.sources}
+        self._tables = {s.name: tables[s.name].sort_by(_order(s)) for s in pipeline.sources}
         self._times = {s.name: _times(self._tables[s.name], s) for s in pipeline.sources}
         self.start = moment(self.replay.history_until)
         ends = [int(t[-1]) for t in self._times.values() if len(t)]
@@ -81,9 +82,15 @@ class Recording:
                 yield Batch(name, f"{SEEDED}{number}/{name}/{text}", rows)
 
     def requests(self, day: int, run: str) -> Iterator[pa.Table]:
-        """The day's label rows as requests, in event time order: `id`, `at`, the key, and what the features read."""
+        """The day's label rows as requests, in event time order: `id`, `at`, the key, and what the features read.
+
+        Of a row that was corrected the first version asks.
+        """
         source = self.pipeline.label.source
         rows = self._between(source.name, day, day + DAY_US)
+        if source.corrected:
+            first = first_alike(rows.select(list(source.key)))
+            rows = rows.filter(pa.array(first == np.arange(len(first))))
         columns = {c: rows.column(c) for c in dict.fromkeys([*source.key, *self.pipeline.request_columns])}
         ids = [f"{run}-{iso_date(day)}-{i:05d}" for i in range(rows.num_rows)]
         table = pa.table({"id": pa.array(ids), "at": rows.column(source.time), **columns})
@@ -112,6 +119,11 @@ def moment(text: str) -> int:
 def iso_date(at: int) -> str:
     """Event date of a moment, YYYY-MM-DD, UTC."""
     return datetime.fromtimestamp(at / 1e6, UTC).date().isoformat()
+
+
+def _order(source: Source) -> list[tuple[str, str]]:
+    versions = [source.known_at] if source.corrected and source.known_at else []
+    return [(column, "ascending") for column in (source.time, *versions)]
 
 
 def _times(table: pa.Table, source: Source) -> np.ndarray:

@@ -252,7 +252,8 @@ def _rows_behind(
         where += [(c, "<=", _moment(reach.at)) for c in dict.fromkeys([time, known_at or time])]
         if reach.since is not None:
             where.append((time, ">=" if reach.inclusive else ">", _moment(reach.since)))
-    rows = read(table, version=version, where=where, or_later=True).sort_by([(time, "descending")])
+    order = [(c, "descending") for c in dict.fromkeys([time, known_at or time])]
+    rows = read(table, version=version, where=where, or_later=True).sort_by(order)
     newest = [{c: _plain(v) for c, v in r.items()} for r in rows.slice(0, MAX_ROWS).to_pylist()]
     return SourceRows(
         view=name, source=table, lake_version=version, entity=dict(entity), rows=rows.num_rows, newest=tuple(newest)

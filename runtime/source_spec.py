@@ -90,11 +90,13 @@ class Source:
     schema: dict[str, Col]
     """The contract: every column and what is valid in it; other columns are refused."""
     key: tuple[str, ...] | list[str]
-    """Columns that identify a row; a second row with the same key is quarantined."""
+    """Columns that identify a row; a second row with the same key is quarantined, unless it corrects the first."""
     time: str
     """Timestamp column: when the event happened."""
     known_at: str | None = None
     """Timestamp column: when the event's values became known; null: never. Absent: at `time`."""
+    corrected: bool = False
+    """Whether a row with the key of an earlier one and another `known_at` is a version of it, and taken in."""
     read: str | Directory | DeltaTable | RedisStream | Callable[[], Any] | None = None
     """A Parquet, CSV or Arrow file (path or URL), a function that returns an Arrow table, or what `raymill feed`
     follows: a `Directory`, `DeltaTable` or `RedisStream`; absent: rows are only sent in."""
@@ -109,6 +111,8 @@ class Source:
         missing = [c for c in wanted if c not in self.schema]
         if missing:
             raise ValueError(f"source {self.name!r}: key, time or known_at name {missing}, which its schema lacks")
+        if self.corrected and self.known_at is None:
+            raise ValueError(f"source {self.name!r}: corrected rows are told apart by `known_at`: name such a column")
         media = [c for c in self.key if self.schema[c].dtype == "media"]
         if media:
             raise ValueError(f"source {self.name!r}: key columns {media} are media: take an id or the checksum as key")
@@ -120,6 +124,12 @@ class Source:
         except ValueError as err:
             raise ValueError(f"source {self.name!r}: {err}") from err
         return self
+
+    @property
+    def version_key(self) -> tuple[str, ...]:
+        """Columns in which no two rows of the lake are alike: the key; with corrections, key and `known_at`."""
+        versions = (self.known_at,) if self.corrected and self.known_at not in (None, *self.key) else ()
+        return (*self.key, *versions)
 
     @property
     def parents(self) -> dict[str, tuple[str, str]]:

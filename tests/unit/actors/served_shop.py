@@ -30,14 +30,14 @@ def no_model(inputs):
     raise AssertionError("no model is built here")
 
 
-def pipeline_of(window="30m"):
+def pipeline_of(window="30m", source=SALES):
     return Pipeline(
         "shop",
         views=[
-            FeatureView("shop", SALES, entity="shop", features={"sum": col("price").sum(window)}),
+            FeatureView("shop", source, entity="shop", features={"sum": col("price").sum(window)}),
             OnDemand("sale", {"twice": col("price") * 2}),
         ],
-        label=Label("dear", SALES, col("price") > 3),
+        label=Label("dear", source, col("price") > 3),
         train=Train(no_model),
         monitor=Monitor(cost=Cost(missed=2, false_alarm=1)),
     )
@@ -55,14 +55,15 @@ def sales(*numbers, price=None):
 class Shop:
     """Lake, record and features of one pipeline; `serve` logs what a replica would have."""
 
-    def __init__(self, home):
+    def __init__(self, home, source=SALES):
         self.home = home
+        self.source = source
         self.records = RecordsActor(home)
         self.records.start()
         self.lake = Lake(Home(home).lake)
-        self.data = DataActor(home, [SALES], self.records.append, "shop")
+        self.data = DataActor(home, [source], self.records.append, "shop")
         self.data.start()
-        self.features = FeatureActor(home, pipeline_of(), self.records.append)
+        self.features = FeatureActor(home, pipeline_of(source=source), self.records.append)
         self.features.start()
         self.recompute = Recompute(self.lake, self.records, Home(home).online)
 
@@ -74,7 +75,7 @@ class Shop:
 
     def train(self, window="30m"):
         """A version of the model, trained with the definitions of that window."""
-        actor = FeatureActor(self.home, pipeline_of(window), self.records.append)
+        actor = FeatureActor(self.home, pipeline_of(window, self.source), self.records.append)
         made = actor.training_set(0, 60 * MINUTE, 60 * MINUTE, 50 * MINUTE)
         actor.stop()
         return self.records.register("shop", "model", b"m" + window.encode(), made.manifest, window, {}, 0.5).version

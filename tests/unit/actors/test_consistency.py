@@ -1,6 +1,7 @@
 """What was served against what the lake gives: agreement is found, and every injected skew with its cause."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,8 @@ from raymill.actors.online import OnlineStore
 from raymill.actors.served import LakeStates, Span, request_rows
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
-from tests.unit.actors.served_shop import MINUTE, Shop, pipeline_of, sales
+from raymill.runtime.spec import Col
+from tests.unit.actors.served_shop import MINUTE, SALES, UTC_US, Shop, pipeline_of, sales
 
 CELLS = some.arrays(np.float32, (3, 2), elements=st.sampled_from([0.0, 1.0, 2.0, float("nan")]))
 
@@ -95,6 +97,26 @@ def test_a_row_that_came_after_the_answer_is_found_late(shop):
     (finding,) = shop.recompute.check("shop").features
     assert finding.feature == "shop.sum" and finding.causes == {"late row": 1}
     assert "came after it was served" in finding.why
+
+
+def test_a_correction_that_came_in_time_changes_nothing_and_one_that_came_late_is_named(tmp_path):
+    told = SALES.schema | {"told": Col("timestamp")}
+    shop = Shop(tmp_path, replace(SALES, schema=told, known_at="told", corrected=True))
+
+    def told_at(rows, minute):
+        at = rows["sold"] if minute is None else pa.array([minute * MINUTE] * len(rows)).cast(UTC_US)
+        return rows.append_column("told", at)
+
+    shop.arrive(told_at(sales(*range(60)), None), "first")
+    version = shop.train()
+    shop.serve(sales(56, 57), version)  # half a minute after each sale
+    shop.arrive(told_at(sales(54, 55, price=50.0), 58), "corrections")
+    shop.serve(sales(58, 59), version, prefix="after")
+    assert shop.recompute.check("shop").mismatched == 0
+    shop.arrive(told_at(sales(56, price=70.0), 57), "late")
+    (finding,) = shop.recompute.check("shop").features
+    assert finding.feature == "shop.sum" and finding.causes == {"late row": 1}
+    shop.close()
 
 
 def test_a_state_whose_version_was_vacuumed_is_not_examined_and_nobody_is_accused(shop):
