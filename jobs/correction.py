@@ -15,6 +15,7 @@ import ray
 from raymill.actors import gate, retrain
 from raymill.actors.program import baseline, load_program
 from raymill.actors.retrain import (
+    CanaryEvidence,
     Fact,
     Instruction,
     Judged,
@@ -31,7 +32,7 @@ from raymill.jobs.run import Run
 from raymill.jobs.world import World
 from raymill.runtime.errors import TrainingError
 from raymill.runtime.expressions import duration_us
-from raymill.runtime.messages import EpochMetrics, ModelVersion, TrainingSet, TrainResult
+from raymill.runtime.messages import EpochMetrics, ModelVersion, Stage, TrainingSet, TrainResult
 
 Say = Callable[[str], None]
 OnStep = Callable[[str, int, int], None]
@@ -69,9 +70,7 @@ class Correction:
     def day_passed(self, now: int, replay_start: int) -> None:
         """Look at the canary, or give a verdict when one is due; moments are event time, µs UTC."""
         if self.state.phase is Phase.CANARY:
-            self._world.flush_predictions()
-            evidence = self._world.monitor.canary(self.state.version, self.state.canary_from, now)
-            self.tell(Looked(evidence=evidence))
+            self._look(now)
         every = duration_us(self._world.pipeline.monitor.every)
         if (now - replay_start) % every == 0:
             self._world.flush_predictions()
@@ -82,10 +81,17 @@ class Correction:
     def settle(self, now: int) -> None:
         """At the end of a replay no canary stays: it is promoted or rolled back on what is known, at the latest now."""
         while self.state.phase is Phase.CANARY:
-            self._world.flush_predictions()
             now += self._rules.canary_us
-            evidence = self._world.monitor.canary(self.state.version, self.state.canary_from, now)
-            self.tell(Looked(evidence=evidence))
+            self._look(now)
+
+    def _look(self, now: int) -> None:
+        """How the canary does; one that was taken out of the replicas meanwhile (it erred, it was slow) is broken."""
+        self._world.flush_predictions()
+        evidence: CanaryEvidence = self._world.monitor.canary(self.state.version, self.state.canary_from, now)
+        canary = self._world.records.get(self.state.model, self.state.version)
+        if canary.stage is Stage.REJECTED:
+            evidence = replace(evidence, broken=str(canary.history[-1]["reason"]))
+        self.tell(Looked(evidence=evidence))
 
     def tell(self, fact: Fact) -> None:
         """Give the machine a fact and carry out what follows from it."""

@@ -66,7 +66,8 @@ class World:
 
     def serve_present_versions(self) -> None:
         """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""
-        self.endpoint.set_models(self._models())
+        with self.endpoint.turn():
+            self.endpoint.set_models(self._models())
 
     def flush_predictions(self) -> None:
         """Wait until lake and monitor hold every prediction that was answered."""

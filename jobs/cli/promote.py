@@ -28,14 +28,10 @@ def change_live(change: Callable[[Any], ModelVersion], as_json: bool) -> None:
     session = needed_session()
     join(session)
     from raymill.actors.endpoint import Endpoint
-    from raymill.actors.rollout import reroute
 
     with open_records() as (home, records):
         live = change(records)
         endpoint = Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options())
-        served = endpoint.models()
-        if any(m.name == live.model for m in served):
-            routed = [reroute(m, records.versions(m.name)) if m.name == live.model else m for m in served]
-            endpoint.set_models(routed)
+        endpoint.follow(records, live.model)
         endpoint.close()
     emit(asdict(live), as_json, lambda: out.print(f"{live.model} version {live.version} is live"))
