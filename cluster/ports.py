@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from raymill.cluster.processes import holder_of, is_free
-from raymill.cluster.spec import PortSpec
+from raymill.cluster.spec import ListenSpec, PortSpec
 from raymill.runtime.errors import ClusterError
 
 PICK_FROM = range(20_000, 32_000)
@@ -40,10 +40,19 @@ class Ports:
     """First of `BLOCK` ports for the replicas' HTTP."""
     replica_grpc: int
     """First of `BLOCK` ports for the replicas' gRPC."""
+    https: int = 0
+    """The endpoint for other hosts, where it is open to them."""
+    grpcs: int = 0
+    """Its gRPC for them."""
 
 
-def choose(wanted: PortSpec | Literal["auto"], seed: int | None = None) -> Ports:
+def choose(wanted: PortSpec | Literal["auto"], listen: ListenSpec | None = None, *, seed: int | None = None) -> Ports:
     """The ports of a new session; `auto` picks the known ones free as well.
+
+    Args:
+        wanted: those that people know.
+        listen: where other hosts come in; its ports are looked at if it names a host.
+        seed: makes the choice repeatable.
 
     Raises:
         ClusterError: a port that was asked for is taken; names it and who holds it.
@@ -53,6 +62,8 @@ def choose(wanted: PortSpec | Literal["auto"], seed: int | None = None) -> Ports
         known = {name: pick(1) for name in PortSpec.model_fields}
     else:
         known = wanted.model_dump()
+        if listen is not None and listen.host:
+            known |= {"https": listen.https, "grpcs": listen.grpcs}
         check(known)
     blocks = {"replica_http": BLOCK, "replica_grpc": BLOCK}
     others = {f.name: pick(blocks.get(f.name, 1)) for f in fields(Ports) if f.name not in known}

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -22,16 +21,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raymill.cluster import processes, start
+from raymill.cluster import exposure, processes, start
 from raymill.cluster.books import close_books
 from raymill.cluster.environment import client_environment, serve_options
+from raymill.cluster.front import is_everywhere, is_ipv6
 from raymill.cluster.node_table import table_path, write_json
 from raymill.cluster.ports import Ports, choose
 from raymill.cluster.processes import Process
 from raymill.cluster.providers import namespace
-from raymill.cluster.spec import ClusterConfig, load_config, parse_config
+from raymill.cluster.spec import ClusterConfig, ListenSpec, load_config, parse_config
 from raymill.cluster.spot_state import market_path
-from raymill.runtime.errors import ClusterError
+from raymill.runtime.api_keys import KeyPolicy, read_key_file
+from raymill.runtime.errors import ClusterError, Conflict
 from raymill.runtime.home import Home
 
 LOCK_WAIT_S = 120.0
@@ -70,6 +71,10 @@ class Session:
     """Its fixed ports; None: not ours."""
     isolate: bool = False
     """Whether its worker nodes are second hosts."""
+    keys: KeyPolicy = KeyPolicy.OFF
+    """Who needs an API key."""
+    public_host: str = ""
+    """Address at which other hosts reach the endpoint; empty: they do not."""
     pids: tuple[Process, ...] = ()
     """The processes that `up` started; workers and worker nodes come and go and are found by their mark."""
 
@@ -88,6 +93,28 @@ class Session:
         """Whether `up` came to its end and all of the head that Ray does not restart by itself still runs."""
         main = [p for p in self.pids if any(word in p.command for word in _HEAD)]
         return self.state == "running" and len(main) >= 2 and all(p.is_alive for p in main)
+
+    @property
+    def public_url(self) -> str:
+        """The endpoint, for other hosts; empty: it is not open to them."""
+        return f"https://{self._public(self.ports.https)}" if self.ports and self.public_host else ""
+
+    @property
+    def public_grpc(self) -> str:
+        """Its gRPC, for other hosts."""
+        return self._public(self.ports.grpcs) if self.ports and self.public_host else ""
+
+    def _public(self, port: int) -> str:
+        return f"[{self.public_host}]:{port}" if is_ipv6(self.public_host) else f"{self.public_host}:{port}"
+
+    @property
+    def operator_key(self) -> str | None:
+        """The API key for raymill's own calls to the endpoint; None: on this host none is asked for.
+
+        Raises:
+            RequestError: its file is not there, or others may read it.
+        """
+        return read_key_file(self.home.operator_key) if self.keys is KeyPolicy.ALL else None
 
     def environment(self) -> dict[str, str]:
         """Variables for a process that attaches to it."""
@@ -133,7 +160,8 @@ class Session:
 
     def document(self) -> dict[str, Any]:
         """For `--json` and for people; holds no secret."""
-        return {**asdict(self), "alive": self.is_alive}
+        public = {"public_url": self.public_url, "public_grpc": self.public_grpc}
+        return {**asdict(self), **public, "alive": self.is_alive}
 
 
 def up(
@@ -160,12 +188,17 @@ def up(
     with _alone(home):
         running = load(home)
         if running and running.is_alive:
+            _check_same_door(running, config)
+            start.front(running, config)
             return running
         say("looking for remains")
         _clear(home)
         _stop_orphaned_haproxy()
+        exposure.check(home, config.listen, start.own_address(), time.time())
         start.check_machine(home, config)
-        chosen = choose("auto" if ports == "auto" else config.ports)
+        if config.listen.require_key:
+            exposure.make_operator_key(home, time.time())
+        chosen = choose("auto" if ports == "auto" else config.ports, config.listen)
         session = _planned(home, config, chosen)
         _save(session)
         try:
@@ -173,6 +206,16 @@ def up(
         except BaseException:
             _clear(home)
             raise
+
+
+def _check_same_door(running: Session, config: ClusterConfig) -> None:
+    """A cluster that runs is left as it is, but nobody may think its endpoint closed, or open, when it is not."""
+    started = running.config()
+    if config.listen != ListenSpec() and started is not None and started.listen != config.listen:
+        raise Conflict(
+            f"the cluster at {running.address} was started with other settings of [listen] (API keys: {running.keys}, "
+            f"other hosts: {running.public_host or 'none'}): `raymill down`, then `raymill up` with these"
+        )
 
 
 def down(home: Home, say: Say = lambda _: None) -> int:
@@ -198,6 +241,7 @@ def load(home: Home) -> Session | None:
     try:
         document = json.loads(path.read_text())
         document["ports"] = Ports(**document["ports"])
+        document["keys"] = KeyPolicy(document["keys"])
         document["pids"] = tuple(Process(**p) for p in document["pids"])
         return Session(**document)
     except FileNotFoundError:
@@ -221,7 +265,7 @@ def scratch_path(home: Home) -> Path:
 
 
 def _planned(home: Home, config: ClusterConfig, ports: Ports) -> Session:
-    isolate = config.provider.isolate
+    isolate, host = config.provider.isolate, config.listen.host
     ip = namespace.network_of(home.root).head if isolate else start.own_address()
     return Session(
         root=str(home.root),
@@ -231,11 +275,13 @@ def _planned(home: Home, config: ClusterConfig, ports: Ports) -> Session:
         address=f"{ip}:{ports.gcs}",
         dashboard_url=f"http://127.0.0.1:{ports.dashboard}",
         serve_url=f"http://127.0.0.1:{ports.serve}",
-        token_path=str(_token()),
+        token_path=str(start.ray_token()),
         started_s=time.time(),
         scratch=str(scratch_path(home)),
         ports=ports,
         isolate=isolate,
+        keys=config.listen.keys,
+        public_host=start.own_address() if is_everywhere(host) else host,
     )
 
 
@@ -251,6 +297,7 @@ def _start(session: Session, config: ClusterConfig, serve: bool, say: Say) -> Se
     if serve:
         say("starting Serve")
         start.serve(session)
+    start.front(session, config)
     session = replace(session, state="running", pids=_ours(session.home))
     if not session.is_alive:
         raise ClusterError(f"the head did not stay up: see {start.head_log(session.home)} and {session.scratch}")
@@ -330,22 +377,6 @@ def _keep_logs(home: Home) -> None:
 
 def _save(session: Session) -> None:
     write_json(state_path(session.home), asdict(session))
-
-
-def _token() -> Path:
-    """Ray's token file, made if it is not there, readable by its owner only."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not path.exists() or not path.read_text().strip():
-            fresh = path.with_name(f".{path.name}.{os.getpid()}")
-            fresh.touch(mode=0o600)
-            fresh.write_text(secrets.token_hex(32))
-            os.replace(fresh, path)
-        path.chmod(0o600)
-    except OSError as err:
-        raise ClusterError(f"Ray's token {path} can not be written ({err.strerror}): mend its folder's owner") from err
-    return path
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import SpecError
 
 DEFAULT_CONFIG = Path(__file__).parent / "cluster.toml"
@@ -101,6 +102,30 @@ class PortSpec(_Value):
         return self
 
 
+class ListenSpec(_Value):
+    """Who may call the endpoint, and where callers from other hosts come in."""
+
+    host: str = ""
+    """Address at which other hosts reach the endpoint by TLS, `0.0.0.0` for all of this machine's; empty: none."""
+    certificate: str = ""
+    """PEM file of the certificate with its chain."""
+    private_key: str = ""
+    """PEM file of the certificate's key, which its owner alone may read."""
+    https: Port = 8443
+    """Port of the endpoint there."""
+    grpcs: Port = 9443
+    """Port of its gRPC there."""
+    require_key: bool = False
+    """Whether callers on this host need an API key as well."""
+
+    @property
+    def keys(self) -> KeyPolicy:
+        """Who needs a key."""
+        if self.require_key:
+            return KeyPolicy.ALL
+        return KeyPolicy.BEYOND if self.host else KeyPolicy.OFF
+
+
 class ClusterConfig(_Value):
     """A whole `cluster.toml`."""
 
@@ -112,6 +137,8 @@ class ClusterConfig(_Value):
     """How worker nodes come and go."""
     ports: PortSpec = PortSpec()
     """Ports that people and programs know."""
+    listen: ListenSpec = ListenSpec()
+    """Who may call the endpoint, and from where."""
 
     @field_validator("node_types")
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
+from raymill.cluster import processes
 from raymill.cluster.environment import (
     HEAD_INSTANCE,
     INSTANCE_LABEL,
@@ -24,6 +27,8 @@ from raymill.cluster.environment import (
     autoscaling_document,
     cluster_environment,
 )
+from raymill.cluster.front import CERTIFICATE, PRIVATE_KEY, Front, haproxy_text, is_ipv6
+from raymill.cluster.processes import SESSION_MARK
 from raymill.cluster.providers import namespace
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
 from raymill.runtime.errors import ClusterError
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 
 HEAD_TIMEOUT_S = 120.0
 SERVE_TIMEOUT_S = 90.0
+FRONT_TIMEOUT_S = 20.0
+FRONT_KEEPER = "raymill.cluster.front_keeper"
+"""Module that the front's process runs."""
 RAY_FOLDER = "r"
 """Ray's folder within the scratch folder: Ray opens its own to everybody, ours around it is closed."""
 MIN_DISK_MB = 2_000
@@ -147,6 +155,74 @@ def serve(session: Session) -> None:
     raise ClusterError(
         f"Serve's proxy does not listen on {session.serve_url}: see serve/ in the logs under {session.scratch}"
     )
+
+
+def ray_token() -> Path:
+    """Ray's token file, made if it is not there, readable by its owner only."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists() or not path.read_text().strip():
+            fresh = path.with_name(f".{path.name}.{os.getpid()}")
+            fresh.touch(mode=0o600)
+            fresh.write_text(secrets.token_hex(32))
+            os.replace(fresh, path)
+        path.chmod(0o600)
+    except OSError as err:
+        raise ClusterError(f"Ray's token {path} can not be written ({err.strerror}): mend its folder's owner") from err
+    return path
+
+
+def front(session: Session, config: ClusterConfig) -> None:
+    """Start the front for other hosts, if there is to be one and it does not run, and wait until its ports answer.
+
+    Raises:
+        ClusterError: it does not come up; holds the end of its log.
+    """
+    listen, ports = config.listen, session.ports
+    assert ports is not None
+    gcs = next((p for p in session.pids if "gcs/gcs_server" in p.command), None)
+    if not listen.host or gcs is None or any(FRONT_KEEPER in p.command for p in _marked(session)):
+        return
+    folder = Path(session.scratch) / "front"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name, file in ((CERTIFICATE, listen.certificate), (PRIVATE_KEY, listen.private_key)):
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(file).expanduser().absolute())
+    plan = Front(
+        host=listen.host, https=ports.https, grpcs=ports.grpcs, serve=ports.serve, grpc=ports.grpc, folder=folder
+    )
+    text = folder / "haproxy.cfg"
+    text.write_text(haproxy_text(plan))
+    log = session.home.cluster / "logs" / "front.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        keeper = subprocess.Popen(
+            [sys.executable, "-m", FRONT_KEEPER, str(text), str(gcs.pid)],
+            env={**os.environ, SESSION_MARK: str(session.home.root)},
+            cwd=session.home.cluster,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + FRONT_TIMEOUT_S
+    host = session.public_host
+    while not all(map(functools.partial(_answers, host), (ports.https, ports.grpcs))):
+        if keeper.poll() is not None or time.monotonic() > deadline:
+            processes.end(processes.with_descendants(filter(None, [processes.describe(keeper.pid)])))
+            raise ClusterError(f"the front at {listen.host} does not come up; the end of {log}:\n{_tail(log)}")
+        time.sleep(0.05)
+
+
+def _answers(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET) as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
+def _marked(session: Session) -> list[processes.Process]:
+    return processes.marked(SESSION_MARK, str(session.home.root))
 
 
 def put_serve(session: Session, document: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from raymill.runtime.errors import RequestError
+from raymill.runtime.errors import RequestError, Usage
 
 PREFIX = "rm_"
 """Begins every key, so that scanners for leaked secrets find them."""
@@ -89,10 +89,10 @@ def check_tenant(tenant: str) -> str:
     """The tenant's name.
 
     Raises:
-        RequestError: it is no name.
+        Usage: it is no name.
     """
     if not _TENANT.fullmatch(tenant):
-        raise RequestError(f"tenant {tenant!r}: lower case letters, digits, '.', '_' and '-', at most 63 characters")
+        raise Usage(f"tenant {tenant!r}: lower case letters, digits, '.', '_' and '-', at most 63 characters")
     return tenant
 
 

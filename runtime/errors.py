@@ -2,6 +2,7 @@
 
     RaymillError                500  base of all
     ├── SpecError               422  the pipeline file or cluster.toml is wrong
+    │   └── Exposed             422  the endpoint would be open to other hosts without a key or without TLS
     ├── ContractError           422  rows do not fit the declared source (a whole batch, not single rows)
     ├── RequestError            400  a request that can not be read
     │   ├── UnknownEntity       422  a required entity was never seen
@@ -19,7 +20,6 @@
     ├── Unauthenticated         401  no API key, or none that holds
     ├── Forbidden               403  the key's rights do not reach so far
     │   └── Closed              403  this way in is not open to other hosts
-    ├── Exposed                 422  the endpoint would be open to other hosts without a key or without TLS
     ├── Expired                 504  the request's own `timeout` was over before it was computed
     ├── Overloaded              429  the queue is full: come again
     ├── Unavailable             503  the endpoint or actor is not there (yet): come again
@@ -65,6 +65,12 @@ class SpecError(RaymillError):
 
     http_status = 422
     remedy = "mend the file; `raymill plan` checks it without starting anything"
+
+
+class Exposed(SpecError):
+    """The endpoint would be reachable from other hosts without a key, or without TLS; nothing was started."""
+
+    remedy = 'docs/operations.md, "Beyond loopback"'
 
 
 class ContractError(RaymillError):
@@ -182,13 +188,6 @@ class Closed(Forbidden):
     """The request came a way that is not open to other hosts, whoever asks."""
 
     remedy = "call the address that `raymill status` shows; `raymill up --host ADDRESS` opens one to other hosts"
-
-
-class Exposed(RaymillError):
-    """The endpoint would be reachable from other hosts without a key, or without TLS; nothing was started."""
-
-    http_status = 422
-    remedy = 'docs/operations.md, "Beyond loopback"'
 
 
 class Expired(RaymillError):

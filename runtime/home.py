@@ -39,6 +39,11 @@ class Home:
         return self.root / "record.db"
 
     @property
+    def operator_key(self) -> Path:
+        """The API key by which raymill itself calls an endpoint that asks everybody for one; mode 0600."""
+        return self.root / "operator.key"
+
+    @property
     def spool(self) -> Path:
         """Predictions that were answered and are not in the lake yet."""
         return self.root / "spool"

@@ -63,7 +63,7 @@ class KeyRegistry:
                 self._ledger.insert(db, [_event(REVOKED, key, now, {"tenant": key.tenant, "reason": reason})])
             return _key(db.execute(f"{_ALL} WHERE digest = ?", (key.digest,)).fetchone())
 
-    def keys(self) -> list[ApiKey]:
+    def every(self) -> list[ApiKey]:
         """Every key there ever was, oldest first."""
         with self._ledger.reading() as db:
             return [_key(row) for row in db.execute(f"{_ALL} ORDER BY created_s, digest")]

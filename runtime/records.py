@@ -89,7 +89,7 @@ class RecordsActor:
 
     def api_keys(self) -> list[ApiKey]:
         """Every API key there ever was, oldest first."""
-        return self.keys.keys()
+        return self.keys.every()
 
     def keys_changed_since(self, stamp: int) -> tuple[int, list[ApiKey]] | None:
         """The API keys that are not revoked and a stamp; None: nothing changed since that stamp."""

@@ -23,6 +23,7 @@ VERBS = {
     "promote": "Make a version live.",
     "rollback": "Go back to the version that was live before.",
     "predict": "Ask the endpoint, or have a whole table answered as a job.",
+    "keys": "API keys of the endpoint: create, list, revoke.",
     "quarantine": "Rows that a contract refused: list, fix, send in again.",
     "drift": "The monitor's verdicts, in money.",
     "cost": "Node-seconds × price, split over training, serving, idle.",
