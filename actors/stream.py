@@ -153,9 +153,12 @@ class _Held:
         time = moments(self._table.column(self._source.time), NEVER)
         known = moments(self._table.column(self._source.known_at), NEVER) if self._source.known_at else time
         keep = np.zeros(len(time), dtype=np.bool_)
-        for view in self._views:
-            codes, _, groups = entity_codes(view, self._table.select(list(view.entity)), self._table.slice(0, 0))
-            keep_needed(np.ascontiguousarray(codes), groups, time, known, cutoff, view.kept_us, keep)
+        by_entity = {view.entity: view for view in self._views}
+        for entity, view in by_entity.items():
+            codes, _, groups = entity_codes(view, self._table.select(list(entity)), self._table.slice(0, 0))
+            codes = np.ascontiguousarray(codes)
+            for kept_us in {v.kept_us for v in self._views if v.entity == entity}:
+                keep_needed(codes, groups, time, known, cutoff, kept_us, keep)
         chosen = pa.array(np.flatnonzero(keep))
         names, columns, self._table = self._table.column_names, self._table.columns, None
         for i, column in enumerate(columns):  # one by one: what is kept and what it is taken from are never both whole
