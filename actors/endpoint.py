@@ -31,6 +31,11 @@ GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
 GRACE_S = 12.0
 """How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
 Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
+HELD = {
+    "max_queued_requests": 2048,
+    "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
+}
+"""While no replica runs: how many requests are held until one does, and what those beyond are told."""
 _API = "/api/serve/applications/"
 _POLL_S = 0.05
 
@@ -59,6 +64,8 @@ class Placement:
     """Node labels that the grant asks for."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of each."""
+    autoscaling: dict[str, Any] = field(default_factory=dict)
+    """`autoscaling_config`, where the number follows the load; empty: it stays `replicas`."""
 
 
 class Endpoint:
@@ -157,7 +164,7 @@ class Endpoint:
             actor["runtime_env"] = {"env_vars": placement.env}
         deployment = {
             "name": DEPLOYMENT,
-            "num_replicas": placement.replicas,
+            **number(placement),
             "max_ongoing_requests": 512,
             "max_surge_percent": 100,  # new code comes up beside the old, which then leaves
             "ray_actor_options": actor,
@@ -212,7 +219,10 @@ class Endpoint:
         Raises:
             Unavailable: a replica could not ship (its rows stay in the spool), or did not answer in time.
         """
-        seen = self._visit("POST", "/raymill/flush", time.monotonic() + timeout_s)
+        end_s = time.monotonic() + timeout_s
+        while any(r.state == "STOPPING" for r in self.replicas()) and time.monotonic() < end_s:
+            time.sleep(_POLL_S)  # it ships its log as it leaves; what it can not ship whoever is asked below does
+        seen = self._visit("POST", "/raymill/flush", end_s)
         failed = [s["log"]["last_error"] for s in seen if not s["flushed"]]
         if failed:
             raise Unavailable(f"the prediction log was not shipped whole and is kept: {failed[0]}")
@@ -228,13 +238,21 @@ class Endpoint:
 
     def _change(self, config: dict[str, Any], timeout_s: float) -> None:
         before = self._details().get("applications", {}).get(APPLICATION, {}).get("deployed_app_config")
-        self._request("PUT", config)
+        self._put(config)
         try:
             self._wait(config, time.monotonic() + timeout_s)
         except ModelError:
             if before:
-                self._request("PUT", {**self._options, "applications": [before]})
+                self._put({**self._options, "applications": [before]})
             raise
+
+    def _put(self, config: dict[str, Any]) -> None:
+        """Send it; a changing number of replicas stays what it is, and of none one is woken, to acknowledge."""
+        scaled = config["applications"][0]["deployments"][0].get("autoscaling_config")
+        if scaled is not None:
+            running = sum(r.state == "RUNNING" for r in self.replicas())
+            scaled["initial_replicas"] = min(max(running, scaled["min_replicas"], 1), scaled["max_replicas"])
+        self._request("PUT", config)
 
     def _wait(self, config: dict[str, Any], end_s: float) -> None:
         """Until Serve says it runs and every replica has acknowledged this `user_config`."""
@@ -260,10 +278,8 @@ class Endpoint:
         """
         replicas = application.get("deployments", {}).get(DEPLOYMENT, {}).get("replicas", [])
         running = {r["replica_id"] for r in replicas if r["state"] == "RUNNING"}
-        if not running:
-            return not replicas  # scaled to zero: whoever starts is given this configuration
         told = [r for r in self._reports() if r.replica in running]
-        if len(told) < len(running) or any(r.generation != wanted for r in told):
+        if not told or len(told) < len(running) or any(r.generation != wanted for r in told):
             return False
         failed = {(name, v): why for r in told for name, f in r.failures.items() for v, why in f.items()}
         if failed:
@@ -288,10 +304,12 @@ class Endpoint:
                 answer = self._http.request(method, path, timeout=max(1.0, end_s - time.monotonic()))
                 if answer.status_code == 200:
                     state = answer.json()
+                    new = state["replica"] not in seen
                     seen[state["replica"]] = state
                     if len(seen) >= max(running, 1):
                         return list(seen.values())
-                    continue
+                    if new:
+                        continue
             except httpx.TransportError:
                 pass  # the proxy is not up yet, or a replica is just leaving
             time.sleep(_POLL_S)
@@ -311,6 +329,13 @@ class Endpoint:
         if answer.status_code != 200:
             raise ClusterError(f"Serve refuses the configuration ({answer.status_code}): {answer.text.strip()[:2000]}")
         return answer
+
+
+def number(placement: Placement) -> dict[str, Any]:
+    """How many replicas, in the words of Serve's configuration."""
+    if not placement.autoscaling:
+        return {"num_replicas": placement.replicas}
+    return {"autoscaling_config": placement.autoscaling, **HELD}
 
 
 def ray_headers() -> dict[str, str]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from raymill.actors.rollout import ModelSpec
+from raymill.actors.scaling import Scaling
 from raymill.cluster.environment import MARKET_LABEL
 from raymill.cluster.spec import ClusterConfig, NodeType
 from raymill.runtime.errors import SpecError
+from raymill.runtime.expressions import SECOND_US, duration_us
 from raymill.runtime.row_functions import check_importable
 from raymill.runtime.spec import Pipeline, Serve
 
@@ -60,6 +62,20 @@ def replica_options(pipeline: Pipeline, models: Sequence[ModelSpec], on_head: di
     if not pipeline.serve.anywhere or any(m.stores.of_one_host for m in models):
         return on_head
     return {"label_selector": {MARKET_LABEL: "!spot"}}
+
+
+def scaling_of(serve: Serve) -> Scaling | None:
+    """How the number of replicas follows the load; None: it does not."""
+    if serve.min_replicas == serve.max_replicas:
+        return None
+    return Scaling(
+        fewest=serve.min_replicas,
+        most=serve.max_replicas,
+        p99_s=duration_us(serve.p99) / SECOND_US,
+        cooldown_s=duration_us(serve.cooldown) / SECOND_US,
+        idle_s=duration_us(serve.idle) / SECOND_US,
+        spare=serve.warm,
+    )
 
 
 def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
@@ -112,7 +128,8 @@ def plan_run(pipeline: Pipeline, config: ClusterConfig) -> dict[str, Any]:
 
 
 def _replicas(serve: Serve) -> str:
-    return f"{serve.min_replicas} replicas on {'head and reserved nodes' if serve.anywhere else 'the head'}"
+    more = f" to {serve.max_replicas}" if serve.max_replicas > serve.min_replicas else ""
+    return f"{serve.min_replicas}{more} replicas on {'head and reserved nodes' if serve.anywhere else 'the head'}"
 
 
 def _check_replicas_fit(serve: Serve, config: ClusterConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from raymill.actors.autoscaling import autoscaling_config
 from raymill.actors.data import DataActor
 from raymill.actors.drift import DriftMonitor
 from raymill.actors.endpoint import Endpoint, Placement
@@ -23,7 +24,7 @@ from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
-from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options
+from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options, scaling_of
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
 from raymill.runtime.client import Client, connect
@@ -55,14 +56,23 @@ class World:
 
     def deploy(self) -> None:
         """Take the replicas' grant and bring the application up with the present versions."""
-        name = self.pipeline.name
-        wanted = LeaseRequest(
-            owner=f"serve/{name}", purpose=Purpose.SERVING, count=self.pipeline.serve.min_replicas, pipeline=name
-        )
-        granted = self.scheduler.grant(wanted)
+        name, serve = self.pipeline.name, self.pipeline.serve
         models = self._models()
         where = replica_options(self.pipeline, models, on_head())
-        self.endpoint.deploy(models, Placement(replicas=len(granted.leases), **where))
+        owner = f"serve/{name}"
+        count = min(max(serve.min_replicas, len(self.scheduler.leases(owner)), 1), serve.max_replicas)
+        wanted = LeaseRequest(
+            owner=owner,
+            purpose=Purpose.SERVING,
+            count=count,
+            min_count=max(serve.min_replicas, 1),
+            resources={"CPU": 1.0, **where.get("resources", {})},
+            pipeline=name,
+        )
+        granted = self.scheduler.grant(wanted)
+        scaling = scaling_of(serve)
+        scaled = autoscaling_config(scaling, wanted) if scaling else {}
+        self.endpoint.deploy(models, Placement(replicas=len(granted.leases), autoscaling=scaled, **where))
 
     def serve_present_versions(self) -> None:
         """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""

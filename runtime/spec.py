@@ -133,6 +133,11 @@ class Serve:
     def _replicas_fit(self) -> Serve:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
+        if self.warm and self.max_replicas < max(self.min_replicas, 1) + self.warm:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} leaves no room for warm={self.warm} beside the first "
+                f"{max(self.min_replicas, 1)}: raise it"
+            )
         return self
 
 
