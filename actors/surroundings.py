@@ -7,6 +7,7 @@ import pyarrow as pa
 from raymill.actors import model_files
 from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, Program
+from raymill.actors.named_inputs import NamedInputs
 from raymill.actors.rollout import ModelSpec
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
@@ -22,9 +23,9 @@ def load_program(program: Data) -> Program:
 
 
 def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:
-    """Reader of the model's online features; None: it has no plan."""
+    """Reader of the model's online features; without a plan, of inputs that rows carry; None: it takes vectors only."""
     if spec.plan is None:
-        return None
+        return NamedInputs() if spec.required else None
     from raymill.actors.feature_plan import FeaturePlan
     from raymill.actors.online import OnlineReader
 

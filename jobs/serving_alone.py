@@ -1,0 +1,91 @@
+"""A model without a pipeline on the endpoint of a cluster: registered, loaded by the replicas, then given its stage.
+
+A version takes traffic before the registry calls it live or canary, never after: one that does not load stays a
+candidate, and what was served goes on. Every step may be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.named_inputs import spec_alone
+from raymill.actors.rollout import ModelSpec
+from raymill.jobs.model_target import Target
+from raymill.runtime.errors import Conflict, ModelError, SpecError
+from raymill.runtime.messages import ModelVersion, Stage
+
+_BY = "raymill serve"
+
+
+def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placement, *, promote: bool) -> ModelVersion:
+    """Serve the target beside what is served already; the version that it is then.
+
+    The first version of a name is live; another file under it becomes the next version, a canary, or live at once
+    with `promote`.
+
+    Raises:
+        SpecError: its inputs are not those of the versions that are served.
+        Conflict: the name is a pipeline's, or the version was taken out before.
+        ModelError: the replicas can not load it; what was served goes on.
+    """
+    served = endpoint.models()
+    _check_fits(target, next((m for m in served if m.name == target.name), None), records.versions(target.name))
+    mine = records.register(target.name, target.kind, target.data, None, "", {}, 0.5)
+    stages = plan_stages(records.versions(target.name), mine.version, promote=promote)
+    spec = spec_alone(target.name, target.inputs, stages)
+    models = [m for m in served if m.name != target.name] + [spec]
+    try:
+        if served:
+            endpoint.set_models(models)
+        else:
+            endpoint.deploy(models, placement)
+    except ModelError:
+        if not served:
+            endpoint.delete()
+        raise
+    return _set_stages(records, stages, mine.version)
+
+
+def plan_stages(versions: Sequence[ModelVersion], version: int, *, promote: bool) -> list[ModelVersion]:
+    """The versions as they are to be once `version` is served.
+
+    Raises:
+        Conflict: it was rejected, or it is retired and not to be promoted.
+    """
+    before = next(v for v in versions if v.version == version)
+    live = next((v for v in versions if v.stage is Stage.LIVE), None)
+    if before.stage is Stage.REJECTED:
+        raise Conflict(f"{before.model}/{version} is this very file, and was rejected for good: serve another one")
+    if before.stage is Stage.LIVE:
+        return list(versions)
+    wanted = Stage.LIVE if promote or live is None else Stage.CANARY
+    if before.stage is Stage.RETIRED and wanted is Stage.CANARY:
+        raise Conflict(f"{before.model}/{version} is this very file, and was retired: --promote makes it live again")
+    gone = Stage.RETIRED if wanted is Stage.LIVE else Stage.REJECTED
+    others = {wanted: gone, Stage.CANARY: Stage.REJECTED}
+    return [replace(v, stage=wanted if v.version == version else others.get(v.stage, v.stage)) for v in versions]
+
+
+def _set_stages(records: Any, stages: Sequence[ModelVersion], version: int) -> ModelVersion:
+    """Bring the registry to these stages; gives the version."""
+    for v in stages:
+        if v.stage is Stage.REJECTED and v.version != version:
+            records.reject(v.model, v.version, reason=f"version {version} took its place")
+    mine = next(v for v in stages if v.version == version)
+    change = records.promote if mine.stage is Stage.LIVE else records.start_canary
+    changed: ModelVersion = change(mine.model, version, reason=_BY)
+    return changed
+
+
+def _check_fits(target: Target, served: ModelSpec | None, versions: Sequence[ModelVersion]) -> None:
+    if (served is not None and served.plan is not None) or any(v.manifest is not None for v in versions):
+        raise Conflict(f"{target.name!r} is the model of a pipeline: give this one another name by --name")
+    if served is not None and served.inputs != target.inputs:
+        raise SpecError(
+            f"the versions of {target.name!r} that are served take {len(served.inputs)} inputs "
+            f"({', '.join(served.inputs[:5])}, …), this one {len(target.inputs)} ({', '.join(target.inputs[:5])}, …): "
+            "give it another name by --name, or the same names by --features"
+        )
