@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import lmdb
 
+from raymill.actors.lmdb_pages import Pages
 from raymill.actors.redis_store import RedisEnvironment, RedisTransaction
 from raymill.runtime.errors import StoreError
 from raymill.runtime.stores import shown
@@ -74,6 +76,8 @@ def store_error(path: Place, err: lmdb.Error) -> StoreError:
 
 _environments: dict[Path, tuple[lmdb.Environment, int]] = {}
 """What this process has open, and how often."""
+_pages: weakref.WeakValueDictionary[Path, Pages] = weakref.WeakValueDictionary()
+"""Their files as they are mapped for those who read many records at once."""
 _servers: dict[str, RedisEnvironment] = {}
 _environments_lock = threading.Lock()
 
@@ -89,6 +93,18 @@ def open_environment(path: Place) -> Any:
             env = lmdb.open(os.fspath(real), map_size=_MAP_BYTES, max_readers=1024, metasync=False)
         _environments[real] = (env, users + 1)
         return env
+
+
+def pages_of(path: Place) -> Pages | None:
+    """The file of an environment that is open here; None: records are to be asked for one by one."""
+    if isinstance(path, str):
+        return None
+    real = path.resolve()
+    with _environments_lock:
+        found = _pages.get(real) or Pages.of(real / "data.mdb", _MAP_BYTES)
+        if found is not None:
+            _pages[real] = found
+        return found
 
 
 def _redis(place: str) -> RedisEnvironment:
@@ -111,4 +127,5 @@ def release(path: Place) -> None:
             _environments[real] = (env, users - 1)
         else:
             del _environments[real]
+            _pages.pop(real, None)
             env.close()

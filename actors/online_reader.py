@@ -23,6 +23,7 @@ from raymill.actors.environment import (
     fetch,
     is_filled,
     open_environment,
+    pages_of,
     place_of,
     release,
     store_error,
@@ -30,6 +31,7 @@ from raymill.actors.environment import (
 )
 from raymill.actors.evaluate import Floats, Ints, columns_of, to_float32
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
+from raymill.actors.lmdb_pages import Pages
 from raymill.actors.lookups import keys_of, with_column
 from raymill.actors.newest import NewestReader, as_leaves
 from raymill.actors.online_records import entity_key, floor_of, joined, newest_key, record_key, text_key
@@ -62,6 +64,7 @@ class OnlineReader:
         self._path = place_of(path, plan.pipeline)
         self._plan = plan
         self._opened: Any = None
+        self._pages: Pages | None = None
         self._newest: dict[str, NewestReader] = {}
         self._lock = threading.Lock()
 
@@ -149,8 +152,11 @@ class OnlineReader:
             fetch(txn, [n for view, _, names, _ in wanted for n in (view.progress_name, *names)])
             for place, (view, codes, names, packed) in enumerate(wanted):
                 _check_moments(txn, view, int(asked.at.min()) if len(asked.at) else NEVER)
-                way = _from_newest if packed else _from_events
-                leaves[view.name] = way(txn, view, asked, place, codes, names)
+                if packed:
+                    reader = NewestReader(view, b"", self._pages)
+                    leaves[view.name] = _from_newest(txn, reader, asked, place, codes, names)
+                else:
+                    leaves[view.name] = _from_events(txn, view, asked, place, codes, names)
         return leaves
 
     def latest(self, view: str, keys: Sequence[Any], at: int) -> tuple[npt.NDArray[np.float32], Ints]:
@@ -169,8 +175,8 @@ class OnlineReader:
             RequestError: there is no such view, it has windows, or the moment is older than what the store keeps.
             Unavailable: the store, or the view in it, was not filled yet.
         """
-        reader = self._newest.get(view) or self._newest_of(view)
         env = self._opened or self._environment()
+        reader = self._newest.get(view) or self._newest_of(view)
         try:
             with env.begin() as txn:
                 return _latest(txn, reader, keys, at)
@@ -182,7 +188,7 @@ class OnlineReader:
         if name not in views or views[name].newest_leaves is None:
             fit = [v.name for v in views.values() if v.newest_leaves is not None]
             raise RequestError(f"{name!r} is no view of newest values alone; those are {fit}: ask for vectors")
-        self._newest[name] = NewestReader(views[name], newest_key(views[name], b""))
+        self._newest[name] = NewestReader(views[name], newest_key(views[name], b""), self._pages)
         return self._newest[name]
 
     def close(self) -> None:
@@ -190,7 +196,8 @@ class OnlineReader:
         with self._lock:
             if self._opened is not None:
                 release(self._path)
-                self._opened = None
+                self._opened = self._pages = None
+                self._newest.clear()
 
     def _environment(self) -> Any:
         if self._opened is None:
@@ -199,7 +206,9 @@ class OnlineReader:
                     if not is_filled(self._path):
                         raise Unavailable(f"online store {told(self._path)} is not filled yet: ingest rows first")
                     warm()
-                    self._opened = open_environment(self._path)
+                    opened = open_environment(self._path)
+                    self._pages = pages_of(self._path)
+                    self._opened = opened
         return self._opened
 
 
@@ -216,11 +225,11 @@ class _Asked:
     """[rows, views], to be filled; None: nobody asks."""
 
 
-def _from_newest(txn: Any, view: ViewPlan, asked: _Asked, place: int, codes: Ints, names: list[bytes]) -> Floats:
+def _from_newest(txn: Any, reader: NewestReader, asked: _Asked, place: int, codes: Ints, names: list[bytes]) -> Floats:
     """The view's leaves [rows, leaves] from the packed newest values; `_NotWhole`: an event is not known yet."""
-    reader = NewestReader(view, b"")
+    view = reader.view
     nobody = newest_key(view, b"")  # the last record, number −1
-    records = reader.of_keys(txn.get, [*names, nobody])[codes]
+    records = reader.of_keys(txn, [*names, nobody])[codes]
     if (records["whole_from"] > asked.at).any():
         raise _NotWhole
     if view.required:
@@ -283,11 +292,11 @@ def _latest(txn: Any, reader: NewestReader, keys: Sequence[Any], at: int) -> tup
     _check_moments(txn, reader.view, at)
     if reader.integer and len(keys) and type(keys[0]) is int and None not in keys:
         if len(keys) == 1:
-            one = reader.of_one_integer(txn.get, keys[0], at)
+            one = reader.of_one_integer(txn, keys[0], at)
             return (reader.features_of(one[0]), one[1]) if one else _latest_of_events(txn, reader, _tuples(keys), at)
-        records = reader.of_integers(txn.get, keys)
+        records = reader.of_integers(txn, keys)
     else:
-        records = reader.of_keys(txn.get, [b"" if None in k else entity_key(k) for k in _tuples(keys)])
+        records = reader.of_keys(txn, [b"" if None in k else entity_key(k) for k in _tuples(keys)])
     if len(keys) and records["whole_from"].max() > at:
         return _latest_of_events(txn, reader, _tuples(keys), at)
     time = records["time"]
