@@ -1,11 +1,13 @@
 """A Ray cluster with dashboard, token and Serve's proxy in a process of its own, for `test_serving.py`.
 
-Run with a home folder; prints one JSON line when it is up, ends when its standard input closes.
+Run with a home folder; prints one JSON line when it is up. Each line of its standard input is a call of the actor
+`records`, `[method, arguments, named arguments]` in JSON, answered by a line; it ends when that closes.
 """
 
 import io
 import json
 import sys
+from dataclasses import asdict
 
 import ray
 import torch
@@ -26,9 +28,30 @@ class Constant(torch.nn.Module):
         return self.value + 0.001 * torch.tanh(torch.nan_to_num(x).sum(dim=1))
 
 
-def exported(value: float, inputs: int) -> bytes:
+class Failing(Constant):
+    """As above for the trial rows; for others it raises (1), is not finite (2), or takes 0.1 s or more (3)."""
+
+    def __init__(self, value: float, how: int) -> None:
+        super().__init__(value)
+        self.how = how
+        self.table = torch.nn.Embedding(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        others = torch.nan_to_num(x).sum(dim=1) > 100
+        p = super().forward(x)
+        if self.how == 1:
+            return p + 0 * self.table(others.long() * 9).sum(dim=1)
+        if self.how == 2:
+            return torch.where(others, torch.nan, p)
+        square = torch.ones(1200, 1200) * torch.nan_to_num(x).mean()
+        for _ in range(6):
+            square = torch.tanh(square @ square)
+        return p + 0 * square.mean()
+
+
+def exported(module: torch.nn.Module, inputs: int) -> bytes:
     example = torch.zeros(4, inputs)
-    program = torch.export.export(Constant(value), (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     out = io.BytesIO()
     torch.export.save(program, out)
     return out.getvalue()
@@ -45,12 +68,23 @@ def main(home: str, dashboard_port: int) -> None:
     )
     spawn(RecordsActor, home, name=NAME)
     records = find(NAME)
-    digests = []
-    for number, program in enumerate([exported(0.1, 2), exported(0.2, 2), b"no program"], start=1):
-        version = ray.get(records.register.remote("taxi", "model", program, None, f"t{number}", {}, 0.5))
-        digests.append(version.digest)
+    programs = {
+        "taxi": [exported(Constant(0.1), 2), exported(Constant(0.2), 2), b"no program"],
+        "bus": [exported(Constant(0.1), 2), *(exported(Failing(how / 10, how % 4), 2) for how in (1, 2, 3, 5))],
+    }
+    digests = {
+        model: [
+            ray.get(records.register.remote(model, "model", program, None, f"t{number}", {}, 0.5)).digest
+            for number, program in enumerate(found, start=1)
+        ]
+        for model, found in programs.items()
+    }
     print(json.dumps({"digests": digests, "metrics_port": ray.nodes()[0]["MetricsExportPort"]}), flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        method, arguments, named = json.loads(line)
+        answer = ray.get(getattr(records, method).remote(*arguments, **named))
+        found = [asdict(v) for v in answer] if isinstance(answer, list) else asdict(answer)
+        print(json.dumps(found), flush=True)
     serve.shutdown()
     ray.shutdown()
 

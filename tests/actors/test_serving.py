@@ -24,13 +24,14 @@ from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
-from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route
+from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, reroute
 from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.client import Client
 from raymill.runtime.errors import ModelError
 from raymill.runtime.home import Home
+from raymill.runtime.messages import ModelVersion, Stage
 
 AT = 1_367_000_000_000_000
 TRIPS = Source(
@@ -74,6 +75,26 @@ def trips(first, count):
     )
 
 
+class HostRecords:
+    """The actor `records` of the other process."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def __getattr__(self, method):
+        def call(*arguments, **named):
+            self._host.stdin.write(json.dumps([method, arguments, named]) + "\n")
+            self._host.stdin.flush()
+            answer = json.loads(self._host.stdout.readline())
+            return [version_of(v) for v in answer] if isinstance(answer, list) else version_of(answer)
+
+        return call
+
+
+def version_of(told):
+    return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})
+
+
 @pytest.fixture(scope="module")
 def cluster():
     root = Path(tempfile.mkdtemp(prefix="rmsv"))  # short: HAProxy's socket paths end at 107 characters
@@ -102,7 +123,7 @@ def cluster():
     )
     try:
         told = json.loads(host.stdout.readline())
-        digests = told["digests"]
+        digests = told["digests"]["taxi"]
         endpoint = Endpoint(
             f"http://127.0.0.1:{ports.dashboard}",
             home,
@@ -111,6 +132,7 @@ def cluster():
             headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
         )
         endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}))
+        endpoint.records = HostRecords(host)
         endpoint.grpc_url = f"127.0.0.1:{ports.grpc}"
         endpoint.metrics_url = f"http://127.0.0.1:{told['metrics_port']}/metrics"
         yield endpoint, digests, home
@@ -277,6 +299,54 @@ def test_a_version_that_does_not_load_takes_no_traffic(cluster):
     assert {v for v, _ in load.answers.values()} == {2}
     deployed = endpoint.config()["applications"][0]["deployments"][0]["user_config"]
     assert list(deployed["models"]["taxi"]["versions"]) == ["2"]
+
+
+@pytest.fixture(scope="module")
+def bus(cluster):
+    """A model whose versions the registry knows: 1 is live; 2 raises, 3 is not finite, 4 is slow, 5 raises again."""
+    endpoint, digests, _ = cluster
+    endpoint.records.promote("bus", 1, reason="test")
+    live = replace(spec(digests, v1=1.0), name="bus", plan=None, canary_weight=0.5)
+    endpoint.set_models([spec(digests, v1=1.0), reroute(live, endpoint.records.versions("bus"))])
+    return endpoint
+
+
+def asked(endpoint, until, seconds=30):
+    """Answers (status, version) to one caller after the other, until it is so."""
+    found = Counter()
+    with httpx.Client(base_url=endpoint.url, timeout=30) as http:
+        end = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < end, found
+            for _ in range(10):
+                tensor = {"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [200.0, 1.5]}
+                answer = http.post("/v2/models/bus/infer", json={"inputs": [tensor]})
+                found[answer.status_code, answer.json().get("model_version")] += 1
+    return found
+
+
+@pytest.mark.parametrize("version, why", [(2, "it errs"), (3, "it errs"), (4, "it is slow")])
+def test_a_canary_that_errs_or_is_slow_is_taken_out_and_no_caller_is_told(bus, version, why):
+    bus.records.start_canary("bus", version, reason="test")
+    assert bus.follow(bus.records, "bus")
+    stage = lambda: bus.records.get("bus", version).stage  # noqa: E731
+    served = lambda: [r.version for m in bus.models() if m.name == "bus" for r in m.routes]  # noqa: E731
+    found = asked(bus, lambda: stage() is Stage.REJECTED and served() == [1])
+    assert set(found) <= {(200, "1"), (200, str(version))}
+    assert (200, str(version)) not in found or version == 4  # one that fails gives no answer at all
+    reason = bus.records.get("bus", version).history[-1]["reason"]
+    assert reason.startswith(f"automatic: {why}")
+
+
+def test_a_promoted_version_that_errs_is_rolled_back_by_itself_and_not_further(bus):
+    bus.records.promote("bus", 5, reason="test")
+    assert bus.follow(bus.records, "bus")
+    found = asked(bus, lambda: bus.records.get("bus", 1).stage is Stage.LIVE)
+    assert set(found) <= {(200, "1"), (500, None)}
+    assert bus.records.get("bus", 5).stage is Stage.RETIRED
+    assert bus.records.get("bus", 5).history[-1]["reason"].startswith("automatic: it errs")
+    assert bus.follow(bus.records, "bus")  # the replicas were told already; now all of them have said so
+    assert asked(bus, iter([False, True]).__next__) == {(200, "1"): 10}
 
 
 def test_new_code_comes_up_beside_the_old_and_no_request_is_dropped(cluster):
