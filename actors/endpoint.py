@@ -18,6 +18,7 @@ import httpx
 
 from raymill.actors.rollout import ModelSpec, from_user_config, generation, reroute, to_user_config, without
 from raymill.actors.version_health import Report
+from raymill.runtime.api_keys import KeyPolicy, read_key_file
 from raymill.runtime.errors import ClusterError, ModelError, Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Stage
@@ -80,16 +81,21 @@ class Endpoint:
         serve_options: dict[str, Any] | None = None,
         headers: Callable[[], dict[str, str]] | None = None,
         reports: Callable[[], list[Report]] | None = None,
+        keys: str = KeyPolicy.OFF,
     ) -> None:
         """Args are the places: Ray's dashboard, the home that replicas open, the endpoint itself.
 
         `serve_options` is what a session says of proxy and HTTP options; absent: from `url`. `headers` gives the
         authentication for the dashboard; absent: as Ray's own client does. `reports` gives what every replica says of
-        itself; absent: one of them is asked.
+        itself; absent: one of them is asked. `keys` says who needs a key (a `KeyPolicy`); where everybody does, the
+        operator's is read from the home.
+
+        Raises:
+            RequestError: the operator's key is not there, or others may read it.
         """
         self._home = home
         self._reports = reports or self._asked_reports
-        self._control = {"dashboard_url": dashboard_url, "url": url}
+        self._control = {"dashboard_url": dashboard_url, "url": url, "keys": str(keys)}
         self.url = url.rstrip("/")
         parsed = httpx.URL(self.url)
         options = {"host": parsed.host, "port": parsed.port or 80}
@@ -99,7 +105,8 @@ class Endpoint:
             self._options = {**self._options, "grpc_options": grpc}
         self._api = httpx.Client(base_url=dashboard_url.rstrip("/"), headers=(headers or ray_headers)(), timeout=30.0)
         # Each request on a connection of its own: the proxy chooses a replica anew.
-        self._http = httpx.Client(base_url=self.url, headers={"connection": "close"})
+        bearer = {"authorization": f"Bearer {read_key_file(home.operator_key)}"} if keys == KeyPolicy.ALL else {}
+        self._http = httpx.Client(base_url=self.url, headers={"connection": "close", **bearer})
 
     def deploy(self, models: Iterable[ModelSpec], placement: Placement, *, timeout_s: float = 120.0) -> None:
         """Bring the application up (or to this state), and wait until every replica has loaded every version.
@@ -179,7 +186,11 @@ class Endpoint:
             "name": APPLICATION,
             "route_prefix": "/",
             "import_path": IMPORT_PATH,
-            "args": {"home": str(self._home.root), "control": {**self._control, "serve_options": self._options}},
+            "args": {
+                "home": str(self._home.root),
+                "keys": self._control["keys"],
+                "control": {**self._control, "serve_options": self._options},
+            },
             "deployments": [deployment],
         }
         return {**self._options, "applications": [application]}

@@ -69,8 +69,8 @@ frontend grpcs
     bind {host}:{front.grpcs} ssl crt {front.folder / CERTIFICATE} alpn h2
     timeout client 3600s
 {_marks()}
-    http-request return status 200 hdr content-type application/grpc hdr grpc-status 12 hdr grpc-message "no such service" \
-if !{{ path_beg {GRPC_SERVICE} }}
+    http-request return status 200 hdr content-type application/grpc hdr grpc-status 12 \
+hdr grpc-message "no such service" if !{{ path_beg {GRPC_SERVICE} }}
     default_backend grpc
 backend grpc
     server grpc 127.0.0.1:{front.grpc} proto h2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from raymill.actors.endpoint import Endpoint
 from raymill.actors.rollout import ModelSpec, Role, Route
 from raymill.cluster.session import Session
 from raymill.jobs.planning import refuse_other_host
+from raymill.jobs.reach import endpoint_of
 from raymill.runtime.errors import UnknownModel
 from raymill.runtime.records import RemoteRecords
 from raymill.runtime.spawn import driver_and_head
@@ -20,9 +20,7 @@ def served(session: Session, model: str, version: int | None) -> tuple[ModelSpec
         SpecError: this process is not on the head's host, so that paths mean other files.
     """
     refuse_other_host(*driver_and_head(), str(session.home.root))
-    endpoint = Endpoint(
-        session.dashboard_url, session.home, url=session.serve_url, serve_options=session.serve_options()
-    )
+    endpoint = endpoint_of(session)
     models = {m.name: m for m in endpoint.models()}
     endpoint.close()
     if model not in models:

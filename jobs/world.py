@@ -25,9 +25,10 @@ from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
 from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options, scaling_of
+from raymill.jobs.reach import client_of, endpoint_of
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
-from raymill.runtime.client import Client, connect
+from raymill.runtime.client import Client
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import LeaseRequest, Purpose
@@ -154,8 +155,8 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
             checkpoint_dir=home.models / "checkpoints",
             record=records,
         ),
-        endpoint=Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options()),
-        client=connect(session.serve_url),
+        endpoint=endpoint_of(session),
+        client=client_of(session),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import httpx
 import pyarrow as pa
 
 from raymill.runtime import errors
+from raymill.runtime.api_keys import CA_FILE_VARIABLE, check_key, key_of_environment
 from raymill.runtime.errors import Overloaded, RaymillError, RequestError, Unavailable
 from raymill.runtime.ids import new_ids
 
@@ -31,6 +33,7 @@ ARROW_STREAM = "application/vnd.apache.arrow.stream"
 CHUNK_ROWS = 4096
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _READ_DEADLINE_S = 5.0  # an actor that does not run stays away longer than a reader likes to wait
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FINAL_CODES = ("model_error", "training_error", "spec_error")  # sent again they would fail again
 
 Rows = Any
@@ -39,21 +42,48 @@ Moment = str | int | datetime | None
 """ISO-8601 with a zone, microseconds UTC, or a datetime with a zone; None: now."""
 
 
-def connect(url: str | None = None, *, deadline_s: float = 60.0) -> Client:
-    """A client of the endpoint at `url`, else at `RAYMILL_URL`, else on this machine."""
-    return Client(url or os.environ.get(URL_VARIABLE) or DEFAULT_URL, deadline_s=deadline_s)
+def connect(
+    url: str | None = None, *, key: str | None = None, ca: str | None = None, deadline_s: float = 60.0
+) -> Client:
+    """A client of the endpoint at `url`, else at `RAYMILL_URL`, else on this machine.
+
+    Args:
+        url: the endpoint, `https://…` from another host.
+        key: API key, `rm_…`; absent: `RAYMILL_API_KEY`, else the file (mode 0600) that `RAYMILL_API_KEY_FILE` names.
+        ca: PEM file of who signed the endpoint's certificate; absent: `RAYMILL_CA_FILE`, else those of the system.
+        deadline_s: how long a call goes on trying.
+
+    Raises:
+        RequestError: there is no key in what should hold one, others may read the file, or the key would go over the
+            network in the clear.
+    """
+    found = check_key(key, "key=") if key is not None else key_of_environment()
+    ca = ca or os.environ.get(CA_FILE_VARIABLE)
+    return Client(url or os.environ.get(URL_VARIABLE) or DEFAULT_URL, key=found, ca=ca, deadline_s=deadline_s)
 
 
 class Client:
     """Safe for several threads."""
 
-    def __init__(self, url: str, *, deadline_s: float = 60.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        ca: str | None = None,
+        deadline_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Args as of `connect`, nothing taken from the environment; `transport` stands for the network."""
         self.url = url.rstrip("/")
+        headers = {} if key is None else {"authorization": f"Bearer {_not_in_the_clear(key, self.url)}"}
         self.retried = 0
         """Requests that had to be sent again, each counted once per time."""
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._http = httpx.Client(base_url=self.url, timeout=deadline_s, transport=transport)
+        self._http = httpx.Client(
+            base_url=self.url, timeout=deadline_s, transport=transport, headers=headers, verify=_trust(ca)
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -185,6 +215,7 @@ class Client:
                     raise error
                 wait_s = max(wait_s, _retry_after_s(answer))
             except httpx.TransportError as err:
+                _raise_distrust(err, self.url)
                 error = Unavailable(
                     f"the endpoint at {self.url} does not answer ({type(err).__name__}: {err}): `raymill status` says "
                     f"what runs"
@@ -260,6 +291,39 @@ def _plain(value: object) -> Any:
     raise RequestError(f"a row holds {value!r}, which JSON can not carry: use numbers, strings and datetimes")
 
 
+def _not_in_the_clear(key: str, url: str) -> str:
+    """The key, if it may be sent to that address.
+
+    Raises:
+        RequestError: it would go to another host without TLS.
+    """
+    parsed = httpx.URL(url)
+    if parsed.scheme != "https" and parsed.host not in _LOOPBACK:
+        raise RequestError(f"the API key is not sent to {url} in the clear: use https://")
+    return key
+
+
+def _trust(ca: str | None) -> ssl.SSLContext | bool:
+    if ca is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=os.path.expanduser(ca))
+    except OSError as err:
+        raise RequestError(f"the certificates in {ca} can not be read ({err}): give a PEM file") from err
+
+
+def _raise_distrust(err: BaseException, url: str) -> None:
+    """Trying again helps nobody whose trust in the certificate is missing."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise RequestError(
+                f"the certificate of {url} is not trusted ({cause.verify_message}): name who signed it, by "
+                f"connect(ca=FILE) or {CA_FILE_VARIABLE}"
+            ) from err
+        cause = cause.__cause__ or cause.__context__
+
+
 def _retry_after_s(answer: httpx.Response) -> float:
     text = answer.headers.get("retry-after", "")
     return min(float(text), 5.0) if text.isdigit() else 0.0
@@ -281,6 +345,6 @@ def _error_of(answer: httpx.Response) -> RaymillError:
         return Unavailable(
             f"nothing is deployed at {answer.url.copy_with(path='/')} ({message}): `raymill run` does it"
         )
-    by_status = {413: errors.TooLarge, 429: Overloaded}
+    by_status = {401: errors.Unauthenticated, 403: errors.Forbidden, 413: errors.TooLarge, 429: Overloaded}
     fallback = Unavailable if answer.status_code >= 500 else by_status.get(answer.status_code, RequestError)
     return _known_errors().get(code, fallback)(message)

@@ -65,10 +65,14 @@ def predict(
 
 
 def _ask(model: str, rows: str, at: str | None, url: str | None, as_json: bool) -> None:
+    from raymill.runtime.api_keys import key_of_environment
     from raymill.runtime.client import URL_VARIABLE, connect
 
     asked = _read(rows)
-    with connect(url or os.environ.get(URL_VARIABLE) or needed_session().serve_url, deadline_s=8) as client:
+    url = url or os.environ.get(URL_VARIABLE)
+    session = None if url else needed_session()
+    key = key_of_environment() or (session.operator_key if session else None)
+    with connect(url or (session.serve_url if session else None), key=key, deadline_s=8) as client:
         answers = client.predict(model, asked, at=at).to_pylist()
 
     def human() -> None:

@@ -27,11 +27,11 @@ def change_live(change: Callable[[Any], ModelVersion], as_json: bool) -> None:
     """Apply a change of the registry, then bring the replicas to it; prints the version that is live now."""
     session = needed_session()
     join(session)
-    from raymill.actors.endpoint import Endpoint
+    from raymill.jobs.reach import endpoint_of
 
-    with open_records() as (home, records):
+    with open_records() as (_, records):
         live = change(records)
-        endpoint = Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options())
+        endpoint = endpoint_of(session)
         endpoint.follow(records, live.model)
         endpoint.close()
     emit(asdict(live), as_json, lambda: out.print(f"{live.model} version {live.version} is live"))

@@ -112,13 +112,14 @@ def _end(session: Session) -> None:
 
 def _put_up(target: Target, session: Session, promote: bool) -> ModelVersion:
     join(session)
-    from raymill.actors.endpoint import Endpoint, Placement
+    from raymill.actors.endpoint import Placement
+    from raymill.jobs.reach import endpoint_of
     from raymill.jobs.serving_alone import put_up
     from raymill.runtime.spawn import on_head
 
     err.print(f"loading {target.name}, {len(target.data):,} bytes of {target.kind}", style="dim")
-    with open_records() as (home, records):
-        endpoint = Endpoint(session.dashboard_url, home, url=session.serve_url, serve_options=session.serve_options())
+    with open_records() as (_, records):
+        endpoint = endpoint_of(session)
         try:
             return put_up(target, records, endpoint, Placement(**on_head()), promote=promote)
         finally:

@@ -13,12 +13,13 @@ import numpy as np
 import ray
 import xgboost
 
-from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.endpoint import Placement
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.rollout import spec_of
 from raymill.jobs import pipeline_file
 from raymill.jobs.cli.records import join, needed_session
+from raymill.jobs.reach import endpoint_of
 from raymill.runtime.client import connect
 from raymill.runtime.records import RecordsActor, RemoteRecords
 from raymill.runtime.spawn import on_head, spawn
@@ -64,7 +65,7 @@ offline = np.frombuffer(here["vectors"], dtype=np.float32).reshape(300, -1)
 records, plan = RemoteRecords(), FeaturePlan.of(shop.pipeline)
 records.register(shop.pipeline.name, "model", fitted(len(plan.names)), None, "t1", {}, 0.5)
 records.promote(shop.pipeline.name, 1, reason="the only one")
-endpoint = Endpoint(session.dashboard_url, session.home, url=session.serve_url, serve_options=session.serve_options())
+endpoint = endpoint_of(session)
 spec = spec_of(shop.pipeline, plan.to_json(), records.versions(shop.pipeline.name))
 endpoint.deploy([spec], Placement(label_selector=ELSEWHERE, env=COMPILED))
 asked, at = shop.asked()
