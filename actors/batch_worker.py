@@ -23,7 +23,8 @@ from raymill.actors.batch_rows import ANSWERS, Reject
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.lake_reader import LakeReader
-from raymill.actors.models import Answer, ModelSet, Question
+from raymill.actors.model_set import ModelSet
+from raymill.actors.models import Answer, Question
 from raymill.actors.prediction_rows import Scored, decode, encode
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import Sink

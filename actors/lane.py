@@ -44,10 +44,20 @@ class Lane:
     """Used from one event loop; `ask` never runs twice at once."""
 
     def __init__(
-        self, ask: Ask, executor: Executor, *, max_batch_rows: int, max_rows: int, meter: LoadMeter | None = None
+        self,
+        ask: Ask,
+        executor: Executor,
+        *,
+        max_batch_rows: int,
+        max_rows: int,
+        meter: LoadMeter | None = None,
+        is_here: Callable[[], bool] = lambda: True,
+        bring_back: Callable[[], None] = lambda: None,
     ) -> None:
+        """While the model is not in memory (`is_here`) callers wait, and it is brought back in another thread."""
         self._ask = ask
         self._executor = executor
+        self._is_here, self._bring_back = is_here, bring_back
         self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
         self.pace = Pace()
@@ -71,7 +81,15 @@ class Lane:
             loop.call_soon(self._next)
         return ticket
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is under way or waits."""
+        return self._busy
+
     def _next(self) -> None:
+        if not self._is_here():
+            self._fetch()
+            return
         now = time.monotonic()
         batch = [t for t in self.line.take() if not t.left and not self._expired(t, now)]
         if not batch:
@@ -92,6 +110,20 @@ class Lane:
             self._go_on()
             return
         running.add_done_callback(lambda done: self._came_back(batch, done))
+
+    def _fetch(self) -> None:
+        """Have the model brought back beside the traffic of others; whoever waits goes on waiting."""
+        coming = asyncio.get_running_loop().run_in_executor(None, self._bring_back)
+        coming.add_done_callback(self._fetched)
+
+    def _fetched(self, coming: asyncio.Future[None]) -> None:
+        err = Unavailable("the replica stops") if coming.cancelled() else coming.exception()
+        if err is None:
+            self._next()
+        else:
+            waiting = self.line.take()
+            self._deliver(waiting, [err if isinstance(err, Exception) else Unavailable(str(err))] * len(waiting))
+            self._go_on()
 
     def _expired(self, ticket: Ticket, now: float) -> bool:
         if now <= ticket.expires_s:

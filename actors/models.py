@@ -1,8 +1,6 @@
-"""The versions inside a replica: loaded, warmed up, swapped whole, and asked in batches.
+"""A model inside a replica: its versions, asked in batches.
 
 Invariants
-- A model changes over only when every version of its new configuration is loaded and has answered a trial batch;
-  else it stays as it was, and the failure is told by `ModelSet.failures`.
 - A batch sees one state of its model from beginning to end.
 - One caller's bad row is that caller's error alone.
 """
@@ -11,10 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +19,8 @@ import pyarrow as pa
 
 from raymill.actors.attempts import Attempts, Batch
 from raymill.actors.prediction_rows import Scored
-from raymill.actors.rollout import ModelSpec, Role, Route, choose, from_user_config, generation
-from raymill.actors.wire import ARROW_TYPES, LATEST_AT
-from raymill.runtime.errors import ModelError, RaymillError, RequestError, UnknownVersion
+from raymill.actors.rollout import ModelSpec, Role, Route, choose
+from raymill.runtime.errors import ContractError, ModelError, RaymillError, RequestError, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
 
 _log = logging.getLogger(__name__)
@@ -32,7 +28,25 @@ _log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 Program = Callable[[Floats], Floats]
 """[rows, n] float32 → probability [rows] float32."""
-_TRIAL_ROWS = (1, 2, 64)
+
+
+def away(x: Floats) -> Floats:
+    """Stands for a program that is not in memory.
+
+    Raises:
+        Unavailable: always; whoever asks brings the model back first.
+    """
+    raise NotThere("the model is not in memory: send the request again in a moment")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownOnly:
+    """A program that has no answer where an input is unknown (NaN)."""
+
+    program: Program
+
+    def __call__(self, x: Floats) -> Floats:
+        return self.program(x)
 
 
 class FeatureReader(Protocol):
@@ -100,6 +114,20 @@ class LoadedModel:
         """Whether it answers, or that version of it is loaded."""
         return self.ready if version is None else version in self.programs
 
+    @cached_property
+    def is_away(self) -> bool:
+        """Whether a program of it is not in memory."""
+        return any(p is away for p in self.programs.values())
+
+    @cached_property
+    def takes_unknown(self) -> bool:
+        """Whether every version has an answer where an input is NaN."""
+        return not any(isinstance(p, KnownOnly) for p in self.programs.values())
+
+    def unloaded(self) -> LoadedModel:
+        """The same model, its programs out of memory."""
+        return replace(self, programs=dict.fromkeys(self.programs, away))
+
     def check(self, question: Question) -> None:
         """Refuse what can not be answered, before it waits.
 
@@ -115,17 +143,30 @@ class LoadedModel:
             raise NotThere(f"model {self.spec.name!r} has no version that answers: promote one")
 
     def ask(self, batch: list[Question], log: Log) -> list[Answer | RaymillError]:
-        """Answer a batch and log it; an answer or an error for each question, in order."""
+        """Answer a batch and log it; an answer or an error for each question, in order.
+
+        Raises:
+            Unavailable: its programs are not in memory.
+        """
+        if self.is_away:
+            away(np.empty(0, np.float32))
         found, errors = self._vectors(batch)
         scored = []
         for question, x in found:
             try:
                 self.check(question)
+                self._check_known(x)
                 scored.append((question, x))
             except RaymillError as err:
                 errors[id(question)] = err
         answers = self._score(scored, log, errors) if scored else {}
         return [answers.get(id(q)) or errors[id(q)] for q in batch]
+
+    def _check_known(self, x: Floats) -> None:
+        if not self.takes_unknown and bool(np.isnan(x).any()):
+            raise ContractError(
+                f"model {self.spec.name!r} has no answer where an input is unknown (null or NaN): send numbers only"
+            )
 
     def _vectors(self, batch: list[Question]) -> tuple[list[tuple[Question, Floats]], dict[int, RaymillError]]:
         wanting = [q for q in batch if q.columns is not None]
@@ -244,90 +285,3 @@ class LoadedModel:
             x=x,
             p=p,
         )
-
-
-@dataclass
-class ModelSet:
-    """Every model of a replica; `apply` runs in a thread of its own while the models go on answering."""
-
-    fetch: Callable[[str], bytes]
-    """Program bytes by digest."""
-    load: Callable[[bytes], Program]
-    """Bytes → program."""
-    open_reader: Callable[[ModelSpec], FeatureReader | None]
-    """Feature reader of a model with a plan."""
-    models: dict[str, LoadedModel] = field(default_factory=dict)
-    """What answers now; replaced whole."""
-    failures: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Model → version → why it could not be loaded; that model stayed as it was."""
-    generation: str = ""
-    """Name of the configuration applied last."""
-    attempts: Attempts = field(default_factory=Attempts)
-    """What each version did lately."""
-
-    def apply(self, config: Mapping[str, Any]) -> None:
-        """Bring the models to `config`; what can not be loaded is told by `failures` and takes no traffic."""
-        cache = {r.digest: m.programs[r.version] for m in self.models.values() for r in m.routes}
-        models: dict[str, LoadedModel] = {}
-        failures: dict[str, dict[int, str]] = {}
-        for name, spec in from_user_config(config).items():
-            before = self.models.get(name)
-            loaded, failed = self._load(spec, before, cache)
-            if failed:
-                failures[name] = failed
-                _log.error("model %s: versions %s were not loaded", name, failed)
-            if loaded is not None:
-                models[name] = before if failed and before is not None else loaded
-            elif before is not None:
-                models[name] = before
-        answering = [
-            (name, r.version) for name, m in models.items() for r in m.routes if r.role.answers and r.weight > 0
-        ]
-        self.attempts.follow(answering)
-        self.models, self.failures, self.generation = models, failures, generation(config)
-
-    def _load(
-        self, spec: ModelSpec, before: LoadedModel | None, cache: dict[str, Program]
-    ) -> tuple[LoadedModel | None, dict[int, str]]:
-        try:
-            same = before is not None and (before.spec.plan, before.spec.stores) == (spec.plan, spec.stores)
-            reader = before.reader if before is not None and same else self._open(spec)
-        except Exception as err:  # noqa: BLE001 - whatever a damaged store raises, the model must not take traffic
-            why = f"its features can not be read: {type(err).__name__}: {err}"
-            return None, {r.version: why for r in spec.routes}
-        programs: dict[int, Program] = {}
-        failed: dict[int, str] = {}
-        for route in spec.routes:
-            try:
-                if route.digest not in cache:
-                    cache[route.digest] = self._warm(spec, self.load(self.fetch(route.digest)))
-                programs[route.version] = cache[route.digest]
-            except NotThere:
-                if before is None:  # a replica that starts without the registry has nothing to go on with
-                    raise
-                failed[route.version] = "the registry does not answer"
-            except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
-                failed[route.version] = f"{type(err).__name__}: {err}"
-        return LoadedModel(spec, programs, reader, self.attempts), failed
-
-    def _open(self, spec: ModelSpec) -> FeatureReader | None:
-        """A reader that has its kernels compiled."""
-        reader = self.open_reader(spec)
-        if reader is not None:
-            fields = [pa.field(c, ARROW_TYPES[spec.columns[c].dtype]) for c in spec.required]
-            row = pa.table([pa.nulls(1, f.type) for f in fields], schema=pa.schema(fields))
-            with suppress(RequestError):  # a required entity is refused: that was computed, too
-                reader.vectors(row, np.full(1, LATEST_AT, dtype=np.int64))
-        return reader
-
-    def _warm(self, spec: ModelSpec, program: Program) -> Program:
-        """A trial: zeros and unknowns, several sizes; what answers them wrongly is refused."""
-        for rows in _TRIAL_ROWS:
-            x = np.zeros((rows, len(spec.inputs)), dtype=np.float32)
-            x[rows // 2 :] = np.nan
-            p = program(x)
-            if p.shape != (rows,) or p.dtype != np.float32 or not bool(np.isfinite(p).all()):
-                raise ModelError(
-                    f"a trial batch of {rows} rows got {p.dtype}{list(p.shape)} {p[:2]}: not probabilities"
-                )
-        return program

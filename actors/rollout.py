@@ -19,7 +19,7 @@ from raymill.runtime.errors import SpecError
 from raymill.runtime.expressions import digest, duration_us
 from raymill.runtime.messages import ModelVersion, Stage
 from raymill.runtime.spec import DType, Pipeline
-from raymill.runtime.stores import Stores
+from raymill.runtime.stores import Stores, declared
 
 
 class Role(StrEnum):
@@ -88,6 +88,8 @@ class ModelSpec:
     """Rows that may wait."""
     canary_weight: float = 0.2
     """Weight that a canary gets."""
+    memory_mib: int = 2048
+    """What the programs of all models of a replica may take in memory; where models differ, the largest counts."""
     p99_ms: float = 50.0
     """Latency wanted of 99 of 100 requests."""
 
@@ -117,6 +119,7 @@ def spec_of(
         max_batch_rows=pipeline.serve.max_batch_rows,
         max_queue_rows=pipeline.serve.max_queue_rows,
         canary_weight=pipeline.serve.canary_weight,
+        memory_mib=pipeline.serve.memory_mib,
         p99_ms=duration_us(pipeline.serve.p99) / 1000,
     )
 
@@ -161,13 +164,14 @@ def to_user_config(models: Iterable[ModelSpec]) -> dict[str, Any]:
                     for r in m.routes
                 },
                 "plan": m.plan,
-                "stores": {"lake": m.stores.lake, "online": m.stores.online},
+                "stores": declared(m.stores),
                 "columns": {c: f.dtype + ("?" if f.nullable else "") for c, f in m.columns.items()},
                 "required": list(m.required),
                 "key": list(m.key),
                 "max_batch_rows": m.max_batch_rows,
                 "max_queue_rows": m.max_queue_rows,
                 "canary_weight": m.canary_weight,
+                "memory_mib": m.memory_mib,
                 "p99_ms": m.p99_ms,
             }
             for m in models
@@ -213,6 +217,7 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
         max_batch_rows=int(m.get("max_batch_rows", 1024)),
         max_queue_rows=int(m.get("max_queue_rows", 65536)),
         canary_weight=float(m.get("canary_weight", 0.2)),
+        memory_mib=int(m.get("memory_mib", 2048)),
         p99_ms=float(m.get("p99_ms", 50.0)),
     )
 

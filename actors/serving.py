@@ -22,7 +22,18 @@ import numpy as np
 import pyarrow as pa
 import uvicorn.config
 
-from raymill.actors import answering, asgi, grpc_service, oip, selftest, serve_accounts, surroundings, wire
+from raymill.actors import (
+    answering,
+    asgi,
+    grpc_service,
+    model_files,
+    oip,
+    openapi,
+    selftest,
+    serve_accounts,
+    surroundings,
+    wire,
+)
 from raymill.actors.answering import Call, HttpCall, Write, version_of
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.door import Door
@@ -31,7 +42,8 @@ from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
-from raymill.actors.models import Answer, LoadedModel, ModelSet, Question
+from raymill.actors.model_set import ModelSet
+from raymill.actors.models import Answer, LoadedModel, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
@@ -86,6 +98,8 @@ class ServingReplica:
             fetch=self._records.program,
             load=load or surroundings.load_program,
             open_reader=open_reader or partial(surroundings.open_features, self._home),
+            measure=len if load else model_files.footprint,
+            is_busy=lambda name: name in self._lanes and self._lanes[name].is_busy,
         )
         self._readings = Readings(self._records, self._lakes)
         self._reporter = Reporter(self._home, control, self.name, self._report)
@@ -193,6 +207,10 @@ class ServingReplica:
                 return await self._oip(request, tuple(rest))
             case ("raymill", *rest):
                 return await self._manage(request, tuple(rest))
+            case ("openapi.json",) if _only(request, "GET"):
+                return asgi.json_reply(openapi.document(m.spec for m in self._models.models.values()))
+            case ("docs",) if _only(request, "GET"):
+                return Reply(200, openapi.page(), "text/html; charset=utf-8", openapi.PAGE_HEADERS)
             case ("healthz",):
                 return asgi.json_reply({"status": "ok"})
             case ("",):
@@ -234,11 +252,20 @@ class ServingReplica:
                 max_batch_rows=spec.max_batch_rows,
                 max_rows=spec.max_queue_rows,
                 meter=self._load,
+                is_here=partial(self._is_here, name),
+                bring_back=partial(self._models.bring_back, name),
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         return lane
 
+    def _is_here(self, name: str) -> bool:
+        model = self._models.models.get(name)
+        return model is None or not model.is_away
+
     def _ask(self, name: str, batch: list[Question]) -> list[Answer | RaymillError]:
+        self._models.asked(name)
+        if not self._is_here(name):  # it left between the lane's look and this one
+            self._models.bring_back(name)
         return self.model(name).ask(batch, self._log)
 
     def model(self, name: str) -> LoadedModel:
@@ -375,6 +402,8 @@ class ServingReplica:
 
 
 PATHS = [
+    "GET /docs",
+    "GET /openapi.json",
     "POST /predict/{model}",
     "GET /v2",
     "GET /v2/health/live",

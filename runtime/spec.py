@@ -128,6 +128,9 @@ class Serve:
     """Rows that may wait in a replica; above that it answers 429."""
     canary_weight: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of requests that a canary answers."""
+    memory_mib: Annotated[int, Field(ge=1)] = 2048
+    """What the programs of all models of a replica may take in memory; beyond it those not asked for lately leave it,
+    and come back when they are. Where the models of a replica differ in this, the largest counts."""
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> Serve:
