@@ -16,7 +16,7 @@ PASSED_ON = ("x-forwarded-for", "forwarded")
 _SCHEME = "bearer "
 _LONGEST = 512
 """Characters of an `Authorization` header that can hold a key."""
-_ANYBODY = (("healthz",), ("v2", "health", "live"))
+_ANYBODY = (("healthz",), ("v2", "health", "live"), ("docs",))
 
 
 class KeySet:
