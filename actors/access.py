@@ -20,16 +20,16 @@ _ANYBODY = (("healthz",), ("v2", "health", "live"), ("docs",))
 
 
 class KeySet:
-    """The keys that hold, by digest."""
+    """Keys by digest."""
 
     __slots__ = ("_by_digest", "_known")
 
-    def __init__(self, keys: Iterable[ApiKey], now_s: float) -> None:
-        self._by_digest = {bytes.fromhex(k.digest): k for k in keys if k.holds_at(now_s)}
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._by_digest = {bytes.fromhex(k.digest): k for k in keys}
         self._known: dict[str, ApiKey] = {}
 
     def bearer(self, authorization: str | None) -> ApiKey | None:
-        """The key that an `Authorization` header holds; None: none, or one that does not hold.
+        """The key that an `Authorization` header holds, which may have expired; None: none of these.
 
         The comparison is a lookup of the SHA-256, whose bytes a caller can not choose; a header that was right is
         known again by itself, so that only wrong ones are hashed twice.

@@ -2,8 +2,8 @@
 
 Invariants
 - Both lanes and gRPC ask the same method.
-- A key that was made or revoked is known here within `LOOK_S`, an expired one is worth nothing within it; while the
-  records can not be asked the keys known last go on.
+- A key that was made or revoked is known here within `LOOK_S`; while the records can not be asked the keys known last
+  go on, each until it expires.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Door:
         self._book, self._clock = book, clock
         self._all, self._off = policy is KeyPolicy.ALL, policy is KeyPolicy.OFF
         self._stamp = -1
-        self._keys: list[ApiKey] = []
-        self._valid = KeySet((), 0.0)
+        self._keys = KeySet(())
         self._ends = threading.Event()
 
     def start(self) -> None:
@@ -59,11 +58,11 @@ class Door:
         self._ends.set()
 
     def look(self) -> None:
-        """Ask once whether keys have changed; leave out those that have expired."""
+        """Ask once whether keys have changed."""
         found = self._book.keys_changed_since(self._stamp)
         if found is not None:
-            self._stamp, self._keys = found
-            self._valid = KeySet(self._keys, self._clock())
+            self._stamp, keys = found
+            self._keys = KeySet(keys)
 
     def refusal(self, headers: Mapping[str, str], right: Right | None, is_local: bool) -> Reply | None:
         """What to answer instead of what was asked; None: come in.
@@ -77,8 +76,8 @@ class Door:
             return PROXY_ALONE
         if right is None or (not self._all and not is_passed_on(headers)):
             return None
-        key = self._valid.bearer(headers.get("authorization"))
-        if key is None:
+        key = self._keys.bearer(headers.get("authorization"))
+        if key is None or (key.expires_s is not None and self._clock() >= key.expires_s):
             return _PASSED_ON if self._off else _WRONG_KEY if "authorization" in headers else _NO_KEY
         return None if right in key.rights else _LACKS[right]
 
@@ -87,15 +86,15 @@ class Door:
         return self.refusal(asgi.headers_of(scope), right_for(asgi.parts_of(scope)), asgi.is_local(asgi.peer_of(scope)))
 
     def _watch(self) -> None:
+        told = False
         while not self._ends.wait(LOOK_S):
             try:
                 self.look()
-            except Exception as err:  # noqa: BLE001 - the thread must live on, else expired keys would
-                _log.warning("API keys may be out of date: %s: %s", type(err).__name__, err)
-            now_s = self._clock()
-            if any(not k.holds_at(now_s) for k in self._keys):
-                self._keys = [k for k in self._keys if k.holds_at(now_s)]
-                self._valid = KeySet(self._keys, now_s)
+                told = False
+            except Exception as err:  # noqa: BLE001 - edge of the thread, which goes on asking
+                if not told:
+                    _log.warning("API keys may be out of date: %s: %s", type(err).__name__, err)
+                told = True
 
 
 def _refused(error: RaymillError, challenge: str) -> Reply:
