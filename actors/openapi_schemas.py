@@ -119,7 +119,7 @@ def error_responses(classes: Sequence[type[RaymillError]]) -> dict[int, dict[str
         by_status.setdefault(cls.http_status, []).append(cls)
     found = {}
     for status, some in sorted(by_status.items()):
-        told = "; ".join(f"`{cls('').code}`: {(cls.__doc__ or '').splitlines()[0]}" for cls in some)
+        told = "; ".join(f"`{cls('').code}`: {(cls.__doc__ or '').splitlines()[0].rstrip('.')}" for cls in some)
         response: dict[str, Any] = {"description": told, "content": {JSON: {"schema": ref("Error")}}}
         if status in (429, 503):
             seconds = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
