@@ -31,22 +31,26 @@ def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placemen
         Conflict: the name is a pipeline's, or the version was taken out before.
         ModelError: the replicas can not load it; what was served goes on.
     """
-    served = endpoint.models()
-    _check_fits(target, next((m for m in served if m.name == target.name), None), records.versions(target.name))
-    mine = records.register(target.name, target.kind, target.data, None, "", {}, 0.5)
-    stages = plan_stages(records.versions(target.name), mine.version, promote=promote)
-    spec = spec_alone(target.name, target.inputs, stages)
-    models = [m for m in served if m.name != target.name] + [spec]
+    with endpoint.turn():
+        served = endpoint.models()
+        _check_fits(target, next((m for m in served if m.name == target.name), None), records.versions(target.name))
+        mine = records.register(target.name, target.kind, target.data, None, "", {}, 0.5)
+        stages = plan_stages(records.versions(target.name), mine.version, promote=promote)
+        spec = spec_alone(target.name, target.inputs, stages)
+        _deploy(endpoint, [m for m in served if m.name != target.name] + [spec], None if served else placement)
+        return _set_stages(records, stages, mine.version)
+
+
+def _deploy(endpoint: Endpoint, models: list[ModelSpec], placement: Placement | None) -> None:
+    """Change what is served; with a placement nothing is yet, and nothing stays if that fails."""
+    if placement is None:
+        endpoint.set_models(models)
+        return
     try:
-        if served:
-            endpoint.set_models(models)
-        else:
-            endpoint.deploy(models, placement)
+        endpoint.deploy(models, placement)
     except ModelError:
-        if not served:
-            endpoint.delete()
+        endpoint.delete()
         raise
-    return _set_stages(records, stages, mine.version)
 
 
 def plan_stages(versions: Sequence[ModelVersion], version: int, *, promote: bool) -> list[ModelVersion]:
