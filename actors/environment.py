@@ -15,22 +15,34 @@ from typing import Any
 
 import lmdb
 
+from raymill.actors.divided import DividedEnvironment, DividedPages
 from raymill.actors.lmdb_pages import Pages
 from raymill.actors.redis_store import RedisEnvironment, RedisTransaction
 from raymill.runtime.errors import StoreError
-from raymill.runtime.stores import shown
+from raymill.runtime.stores import Divided, Online, shown
 
 _MAP_BYTES = 1 << 35
 """Address space set aside; the file is as large as what it holds."""
 
 
-Place = Path | str
-"""A folder, or the URL of a Redis server with the pipeline's name as fragment."""
+Place = Online
+"""A folder, the URL of a Redis server with the pipeline's name as fragment, or a folder with an environment a share."""
 
 
-def place_of(path: str | Path, pipeline: str) -> Place:
+def place_of(path: Online, pipeline: str) -> Place:
     """Where a pipeline's online store is: a folder below `path`, or a name on the server that it is the URL of."""
+    if isinstance(path, Divided):
+        return Divided(path.folder / pipeline, path.shares)
     return f"{path}#{pipeline}" if isinstance(path, str) and "://" in path else Path(path) / pipeline
+
+
+def share_place(place: Divided, number: int) -> Path:
+    """The environment of one share."""
+    return place.folder / f"{number}-of-{place.shares}"
+
+
+def _shares(place: Divided) -> list[Path]:
+    return [share_place(place, i) for i in range(place.shares)]
 
 
 def told(place: Place) -> str:
@@ -39,7 +51,9 @@ def told(place: Place) -> str:
 
 
 def is_filled(place: Place) -> bool:
-    """Whether a writer was there."""
+    """Whether a writer was there, in every share."""
+    if isinstance(place, Divided):
+        return all(is_filled(p) for p in _shares(place))
     return (place / "data.mdb").exists() if isinstance(place, Path) else _redis(place).exists()
 
 
@@ -84,6 +98,8 @@ _environments_lock = threading.Lock()
 
 def open_environment(path: Place) -> Any:
     """The environment at a place; give it back by `release`, as often as it was opened."""
+    if isinstance(path, Divided):
+        return DividedEnvironment([open_environment(p) for p in _shares(path)])
     if isinstance(path, str):
         return _redis(path)
     real = path.resolve()
@@ -95,8 +111,11 @@ def open_environment(path: Place) -> Any:
         return env
 
 
-def pages_of(path: Place) -> Pages | None:
+def pages_of(path: Place) -> Pages | DividedPages | None:
     """The file of an environment that is open here; None: records are to be asked for one by one."""
+    if isinstance(path, Divided):
+        pages = [p for p in map(pages_of, _shares(path)) if isinstance(p, Pages)]
+        return DividedPages(pages) if len(pages) == path.shares else None
     if isinstance(path, str):
         return None
     real = path.resolve()
@@ -118,6 +137,10 @@ def _redis(place: str) -> RedisEnvironment:
 
 def release(path: Place) -> None:
     """Give one use of the environment back; the last one closes it."""
+    if isinstance(path, Divided):
+        for one in _shares(path):
+            release(one)
+        return
     if isinstance(path, str):
         return
     real = path.resolve()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +24,77 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.evaluate import Ints, columns_of, evaluate
-from raymill.actors.feature_plan import FeaturePlan, SourcePlan
+from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.feature_statistics import describe
 from raymill.actors.lake import Lake
 from raymill.actors.lake_join import LakeJoin
 from raymill.actors.media import MEDIA
 from raymill.actors.media_files import with_bytes
 from raymill.actors.observed import key_texts
-from raymill.actors.online import KEEP, OnlineReader, OnlineStore
+from raymill.actors.online import KEEP, OnlineReader
+from raymill.actors.online_intake import OnlineIntake, OnlineShards, moment
 from raymill.actors.point_in_time import History
-from raymill.actors.row_refs import shared, table_of
-from raymill.actors.windows import NEVER, warm
+from raymill.actors.row_refs import shared
+from raymill.actors.windows import NEVER
 from raymill.runtime.errors import Conflict
-from raymill.runtime.expressions import digest, duration_us
+from raymill.runtime.expressions import digest
 from raymill.runtime.feature_registry import DESCRIBED
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, Ingested, Manifest, TrainingSet
 from raymill.runtime.spec import Pipeline
 from raymill.runtime.stores import places_of
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 
 class FeatureActor:
     """Stop 2 of the data: rows in, training sets and online vectors out."""
 
     def __init__(
-        self, home: str | Path, pipeline: Pipeline, record: Callable[[list[Event]], None], keep: str = KEEP
+        self,
+        home: str | Path,
+        pipeline: Pipeline,
+        record: Callable[[list[Event]], None],
+        keep: str = KEEP,
+        shards: Sequence[Any] = (),
     ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            home: RAYMILL_HOME.
+            pipeline: whose features.
+            record: what the ledger takes events by.
+            keep: how far behind the newest event online vectors may be asked for.
+            shards: the actors (`OnlineIntake`) that write the shares of a divided online store; absent: this one
+                writes all.
+        """
         places = places_of(Home(Path(home)), pipeline.stores)
         self._pipeline = pipeline
         self._record = record
         self._lake = Lake(places.lake)
         self._offline = LakeJoin(self._lake, str(places.lake))
         self._plan = FeaturePlan.of(pipeline)
-        self._keep_us = duration_us(keep)
-        self._store = OnlineStore(places.online, self._plan, keep=keep)
+        own = [OnlineIntake(home, pipeline, i, keep) for i in range(pipeline.stores.online_shards) if not shards]
+        self._own = own
+        self._online: OnlineIntake | OnlineShards = (
+            own[0] if len(own) == 1 else OnlineShards(own or shards, pipeline.name)
+        )
         self._reader = OnlineReader(places.online, self._plan)
 
     def start(self) -> None:
         """Bring the online store to the lake's present versions; in a replay only to where the replay is."""
-        warm()
-        for declared in self._pipeline.sources:  # the data actor does so too, and may come later
-            self._lake.migrate(declared)
-        horizon = self._store.horizon()
-        for source in self._plan.sources:
-            version = self._lake.version(source)
-            if version is not None and (horizon is not None or self._store.lake_version(source) < version):
-                self._catch_up(source, version, horizon)
+        for intake in self._own:
+            intake.start()
 
     def stop(self) -> None:
         """Close the online store; everything taken in is durable."""
         self._offline.close()
         self._reader.close()
-        self._store.close()
+        self._online.stop()
+        for intake in self._own:
+            intake.stop()
 
     def health(self) -> dict[str, Any]:
         """Lake version up to which the online store holds each source; −1: not known to."""
-        return {"ok": True, "lake_versions": {s: self._store.lake_version(s) for s in self._plan.sources}}
+        return self._online.health()
 
     def plan(self) -> FeaturePlan:
         """What is computed; a replica gets it as JSON."""
@@ -106,22 +118,11 @@ class FeatureActor:
         Raises:
             ContractError: the rows do not fit the source.
             StoreError: store or lake can not be opened; sending the batch again is safe.
+            Unavailable: as many batches as are taken at once are under way, or a share's actor is away for too long;
+                calls by `Remote` wait and are made again for a minute.
         """
-        if source not in self._plan.sources:
-            return
-        if self._store.horizon() is not None or lake_version is None:
-            self._store.ingest(source, table_of(rows))
-        elif self._lacks_only(source, table_of(rows), lake_version):
-            self._store.ingest(source, table_of(rows), lake_version=lake_version, whole=True)
-        else:
-            self._catch_up(source, lake_version, None)
-
-    def _lacks_only(self, source: str, rows: pa.Table, version: int) -> bool:
-        """Whether these rows are all that the online store lacks of a version; some versions only merge parts."""
-        have = self._store.lake_version(source)
-        if have < 0 or have >= version - 1:
-            return have >= version - 1
-        return self._lake.count(source, version=have) + rows.num_rows == self._lake.count(source, version=version)
+        if source in self._plan.sources:
+            self._online.ingest(source, rows, lake_version)
 
     def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
         """Online feature vectors of request rows, float32 [rows, features]; errors as in `OnlineReader.vectors`."""
@@ -135,8 +136,7 @@ class FeatureActor:
         """
         began = time.time()
         versions = {s: v for s in self._plan.sources if (v := self._lake.version(s)) is not None}
-        tables = {s: self._read(s, v, end_at=until) for s, v in versions.items()}
-        self._store.replace(tables, versions, horizon=until)
+        self._online.rebuild(versions, until)
         self._tell("features.rebuilt", until, {"lake_versions": versions, "seconds": time.time() - began}, key="")
 
     def replay_to(self, until: int) -> None:
@@ -145,11 +145,8 @@ class FeatureActor:
         A store that is ahead of that by more than half of what it keeps (a run is taken up again that another one has
         overtaken) is filled anew, since it would refuse the replay's requests.
         """
-        horizon = self._store.horizon()
-        if horizon is None or horizon > until + self._keep_us // 2:
+        if not self._online.replay_to(until):
             self.rebuild(until)
-        elif until > horizon:
-            self._store.set_horizon(until)
 
     def training_set(
         self,
@@ -173,12 +170,12 @@ class FeatureActor:
         if names - versions.keys():
             raise Conflict(f"sources {sorted(names - versions.keys())} have no rows in the lake yet: ingest them first")
         row, media = self._plan.row.name, self._pipeline.train.media
-        labels = self._read(row, versions[row], start_at, end_at, media)
+        labels = self._read(versions[row], start_at, end_at, media)
         rows, at, y, left_out = self._labelled(labels, start_at, end_at, known_until)
         if not len(rows):
             raise Conflict(
-                f"no row of {_moment(start_at)} … {_moment(end_at)} has a label that was known at "
-                f"{_moment(known_until)}: ingest more rows, or widen the range"
+                f"no row of {moment(start_at)} … {moment(end_at)} has a label that was known at "
+                f"{moment(known_until)}: ingest more rows, or widen the range"
             )
         x = self._offline.join(rows, self._plan, versions, at=at)
         whole = pa.table(
@@ -234,39 +231,16 @@ class FeatureActor:
             without_label=left_out,
         )
 
-    def _read(
-        self,
-        source: str,
-        version: int,
-        start_at: int | None = None,
-        end_at: int | None = None,
-        media: tuple[str, ...] = (),
-        since: int | None = None,
-    ) -> pa.Table:
-        """The columns that features and label need, and media, of the rows with event time in [start_at, end_at).
-
-        With `since` (an earlier version) at least those that came after it, and not all that were there before.
-        """
-        plan = self._source(source)
-        columns = list(self._plan.source_columns(source))
-        if source == self._plan.row.name:
-            columns += [*plan.key, plan.time, *([plan.known_at] if plan.known_at else [])]
-            columns += [*self._plan.request_columns, *self._pipeline.label.value.columns()]
-        bounds = [(">=", start_at), ("<", end_at)]
-        where = [(plan.time, op, _moment(us)) for op, us in bounds if us is not None]
-        wanted = list(dict.fromkeys([*columns, *media]))
-        rows = self._lake.read(source, version=version, columns=wanted, where=where or None, since=since)
+    def _read(self, version: int, start_at: int, end_at: int, media: tuple[str, ...]) -> pa.Table:
+        """What features and label need of the label's rows with event time in [start_at, end_at), and media."""
+        row = self._plan.row
+        columns = [*row.key, row.time, *([row.known_at] if row.known_at else [])]
+        columns += [*self._plan.request_columns, *self._pipeline.label.value.columns(), *media]
+        where = [(row.time, ">=", moment(start_at)), (row.time, "<", moment(end_at))]
+        rows = self._lake.read(row.name, version=version, columns=list(dict.fromkeys(columns)), where=where)
         for name in media:  # Delta knows no large binary, and images soon make more than the 2 GiB of a small one
             rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(MEDIA))
         return rows
-
-    def _source(self, name: str) -> SourcePlan:
-        return self._plan.row if name == self._plan.row.name else self._plan.sources[name]
-
-    def _catch_up(self, source: str, version: int, horizon: int | None) -> None:
-        since = self._store.lake_version(source) if horizon is None else -1
-        rows = self._read(source, version, end_at=horizon, since=since if since >= 0 else None)
-        self._store.ingest(source, rows, lake_version=version if horizon is None else None, whole=True)
 
     def _tell(self, kind: str, at: int | None, data: dict[str, Any], *, key: str) -> None:
         name = self._pipeline.name
@@ -282,7 +256,3 @@ def _columns(x: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
         "x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), width),
         "known": pa.FixedSizeListArray.from_arrays(known, width),
     }
-
-
-def _moment(us: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=us)

@@ -6,7 +6,6 @@ lags. Reads one column of each source and one small record of each view.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -20,9 +19,10 @@ from raymill.actors.online_records import progress_of
 from raymill.actors.served import instant
 from raymill.runtime.expressions import SECOND_US
 from raymill.runtime.lineage import PREDICTIONS
+from raymill.runtime.stores import Online
 
 
-def freshness(lake: Lake, online: str | Path, plan: FeaturePlan, at: int) -> dict[str, Any]:
+def freshness(lake: Lake, online: Online, plan: FeaturePlan, at: int) -> dict[str, Any]:
     """How fresh the rows behind a pipeline's features are at a moment, µs UTC.
 
     Args:
@@ -66,7 +66,7 @@ def _newest_in_lake(lake: Lake, source: str, time: str, at: int) -> int | None:
     return None if found.as_py() is None else int(found.cast("int64").as_py())
 
 
-def _newest_online(online: str | Path, plan: FeaturePlan) -> dict[str, int | None]:
+def _newest_online(online: Online, plan: FeaturePlan) -> dict[str, int | None]:
     place = place_of(online, plan.pipeline)
     if not is_filled(place):
         return {view.name: None for view in plan.event_views}

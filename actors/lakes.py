@@ -11,14 +11,14 @@ from raymill.runtime.expressions import digest
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event
 from raymill.runtime.spec import Pipeline
-from raymill.runtime.stores import Places, Stores, places_of
+from raymill.runtime.stores import Places, Stores, declared, places_of
 
 _KIND = "stores.declared"
 
 
 def stores_declared(pipeline: Pipeline, run: str) -> Event:
     """What the ledger is told when a run of the pipeline begins or goes on."""
-    data = {"lake": pipeline.stores.lake, "online": pipeline.stores.online}
+    data = declared(pipeline.stores)
     key = f"{_KIND}/{pipeline.name}/{run}/{digest(data)}"
     return Event(
         kind=_KIND, subject=pipeline.name, pipeline=pipeline.name, run=run, wall_s=time.time(), data=data, key=key

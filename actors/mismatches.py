@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from raymill.actors.online import OnlineReader
 from raymill.actors.point_in_time import join
 from raymill.actors.served import LakeStates, at_of, events_of, instant, reach, request_rows, vectors
 from raymill.runtime.errors import RequestError, SpecError, Unavailable
+from raymill.runtime.stores import Online
 
 STATES = 24
 """States of the lake that one check reads, beside the present one, at most."""
@@ -53,7 +53,7 @@ class ServedRows:
     """Served rows of one set of definitions, and what any state of the lake gives for them."""
 
     def __init__(
-        self, stores: tuple[Lake, str | Path | None], plan: FeaturePlan, part: pa.Table, pinned: dict[str, int]
+        self, stores: tuple[Lake, Online | None], plan: FeaturePlan, part: pa.Table, pinned: dict[str, int]
     ) -> None:
         """`stores` are the lake and the place of the online store (None: it is not to be asked)."""
         self.lake, self._online = stores

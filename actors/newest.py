@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymill.actors.aggregates import BEFORE_ALL
+from raymill.actors.divided import DividedPages
 from raymill.actors.evaluate import Floats, Ints, to_float32
 from raymill.actors.feature_plan import ViewPlan
 from raymill.actors.lmdb_pages import Pages
@@ -57,7 +58,7 @@ def packed(view: ViewPlan, buffer: Ints, starts: Ints) -> list[bytes | None]:
 class NewestReader:
     """Reads a view's records in one transaction; what it needs to know of the view is worked out once."""
 
-    def __init__(self, view: ViewPlan, prefix: bytes, pages: Pages | None) -> None:
+    def __init__(self, view: ViewPlan, prefix: bytes, pages: Pages | DividedPages | None) -> None:
         self._pages = pages
         self.view = view
         self._type = layout(len(view.leaves))

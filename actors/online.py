@@ -26,8 +26,18 @@ import numpy as np
 import pyarrow as pa
 
 from raymill.actors.aggregates import BEFORE_ALL
+from raymill.actors.divided import share_of
 from raymill.actors.entities import entity_codes, entity_column
-from raymill.actors.environment import as_store_error, clear, fetch, open_environment, place_of, release, told
+from raymill.actors.environment import (
+    as_store_error,
+    clear,
+    fetch,
+    open_environment,
+    place_of,
+    release,
+    share_place,
+    told,
+)
 from raymill.actors.evaluate import Floats, Ints
 from raymill.actors.feature_plan import FeaturePlan, ViewPlan
 from raymill.actors.lookups import key_parts
@@ -49,6 +59,7 @@ from raymill.actors.redis_store import Overtaken
 from raymill.actors.windows import NEVER, prune, unpack
 from raymill.runtime.errors import StoreError
 from raymill.runtime.expressions import duration_us
+from raymill.runtime.stores import Divided, Online
 
 __all__ = ["KEEP", "OnlineReader", "OnlineStore", "entity_key"]
 
@@ -65,15 +76,19 @@ _HORIZON = b"horizon"
 class OnlineStore:
     """The writer: takes rows in; any number of processes may have one, one at a time writes."""
 
-    def __init__(self, path: str | Path, plan: FeaturePlan, *, keep: str = KEEP) -> None:
+    def __init__(self, path: Online, plan: FeaturePlan, *, keep: str = KEEP, share_no: int = 0) -> None:
         """A pipeline's store.
 
         Args:
-            path: a folder of this host, or a Redis server: `redis://`, `rediss://` (TLS) or `unix://` URL.
+            path: a folder of this host, one divided by entities, or a Redis server: `redis://`, `rediss://` (TLS) or
+                `unix://` URL.
             plan: what is kept.
             keep: how far behind the newest event a moment may lie.
+            share_no: of a folder that is divided by entities: the share that is written.
         """
-        self._path = place_of(path, plan.pipeline)
+        place = place_of(path, plan.pipeline)
+        self._share = (share_no, place.shares) if isinstance(place, Divided) else (0, 1)
+        self._path = share_place(place, share_no) if isinstance(place, Divided) else place
         self._plan = plan
         self._keep_us = duration_us(keep)
         self._opened: Any = None
@@ -186,6 +201,9 @@ class OnlineStore:
     def _merge(self, txn: Any, view: ViewPlan, rows: pa.Table, new: History, cutoff: int) -> int:
         """Write the records of the rows' entities anew; how many events were dropped."""
         codes, keys = _entities(view, rows)
+        if self._share[1] > 1:
+            mine, codes, keys = _of_share(codes, keys, self._share)
+            rows, new = rows.take(mine), History(new.time[mine], new.known[mine], new.key_hash[mine])
         names = [record_key(view, k) for k in keys]
         fetch(txn, names)
         old = unpack(*joined([txn.get(n) for n in names]), len(view.operands))
@@ -231,6 +249,14 @@ def _entities(view: ViewPlan, rows: pa.Table) -> tuple[Ints, list[bytes]]:
     chosen = rows.select(list(view.entity)).take(has[first])
     columns = [entity_column(chosen, c, view.source.dtypes[c]).to_pylist() for c in view.entity]
     return codes, [entity_key(key) for key in zip(*columns, strict=True)]
+
+
+def _of_share(codes: Ints, keys: list[bytes], share: tuple[int, int]) -> tuple[Ints, Ints, list[bytes]]:
+    """Numbers of the rows whose entity is of a share, the numbers of their entities, and those entities' keys."""
+    is_mine = np.array([share_of(key, share[1]) == share[0] for key in keys], dtype=np.bool_)
+    number = np.append(np.where(is_mine, np.cumsum(is_mine) - 1, -1), -1)  # the last one for rows of no entity
+    mine = np.flatnonzero(number[codes] >= 0)
+    return mine, number[codes[mine]], [k for k, is_one in zip(keys, is_mine.tolist(), strict=True) if is_one]
 
 
 def _horizon(txn: Any) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lmdb
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors.aggregates import TIME
+from raymill.actors.divided import DividedPages
 from raymill.actors.entities import entity_column
 from raymill.actors.environment import (
     as_store_error,
@@ -38,6 +38,7 @@ from raymill.actors.online_records import entity_key, floor_of, joined, newest_k
 from raymill.actors.redis_store import RedisTransaction
 from raymill.actors.windows import NEVER, group, sweep, warm
 from raymill.runtime.errors import RequestError, Unavailable, UnknownEntity
+from raymill.runtime.stores import Online
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,11 @@ class LookUp:
 class OnlineReader:
     """Vectors for rows at their moments; works in any process of the host while another one writes."""
 
-    def __init__(self, path: str | Path, plan: FeaturePlan) -> None:
+    def __init__(self, path: Online, plan: FeaturePlan) -> None:
         self._path = place_of(path, plan.pipeline)
         self._plan = plan
         self._opened: Any = None
-        self._pages: Pages | None = None
+        self._pages: Pages | DividedPages | None = None
         self._newest: dict[str, NewestReader] = {}
         self._lock = threading.Lock()
 

@@ -15,6 +15,8 @@ from raymill.actors.evaluate import Ints
 from raymill.actors.feature_plan import ViewPlan
 
 _PROGRESS = struct.Struct("<qqq")
+ENTITY_AT = 17
+"""Where an entity begins in the name of a record: behind a letter and the view's digest."""
 _LONGEST_KEY = 400
 """Entity keys longer than this (LMDB takes 511 bytes) are stored under their hash."""
 

@@ -12,7 +12,6 @@ from raymill.actors.data import DataActor
 from raymill.actors.drift import DriftMonitor
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
-from raymill.actors.features import FeatureActor
 from raymill.actors.gang import NodeKind
 from raymill.actors.lakes import stores_declared
 from raymill.actors.ranks import Owner
@@ -24,6 +23,7 @@ from raymill.cluster.nodes import ClusterActor
 from raymill.cluster.session import Session
 from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
+from raymill.jobs.feature_actors import spawn_features
 from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options, scaling_of
 from raymill.jobs.reach import client_of, endpoint_of
 from raymill.jobs.replay import Recording
@@ -132,7 +132,7 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
             name=f"data/{name}",
             **own,
         ),
-        spawn(FeatureActor, str(home.root), pipeline, records, name=f"features/{name}", **own),
+        *spawn_features(pipeline, str(home.root), records, **own),
         spawn(DriftMonitor, str(home.root), pipeline, records, since_s, name=f"drift/{name}", **own),
     ]
     for handle in handles:

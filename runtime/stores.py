@@ -10,10 +10,10 @@ import ipaddress
 import os
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from raymill.runtime.column_spec import VALUE
@@ -82,6 +82,17 @@ class Stores:
     """Object-store URL of the lake, e.g. `s3://bucket/prefix`; absent: a folder of RAYMILL_HOME."""
     online: Annotated[str, AfterValidator(_checked_online)] | None = None
     """`redis://`, `rediss://` (TLS) or `unix://` URL of the online store; absent: LMDB in RAYMILL_HOME."""
+    online_shards: Annotated[int, Field(ge=1, le=64)] = 1
+    """Into how many shares of the entities the online store of RAYMILL_HOME is divided, each with a writing actor."""
+
+    @model_validator(mode="after")
+    def _shards_are_of_a_folder(self) -> Self:
+        if self.online is not None and self.online_shards > 1:
+            raise ValueError(
+                f"online_shards={self.online_shards} divides the online store of RAYMILL_HOME, and online is a server: "
+                "leave it out; Redis divides its keys itself (Redis Cluster, or a proxy)"
+            )
+        return self
 
     @property
     def of_one_host(self) -> tuple[str, ...]:
@@ -95,18 +106,42 @@ class Stores:
 
 
 @plain_dataclass(frozen=True, slots=True)
+class Divided:
+    """A folder with an online store in several environments, each with a share of the entities."""
+
+    folder: Path
+    """Below it each pipeline has a folder."""
+    shares: int
+    """How many there are."""
+
+    def __str__(self) -> str:
+        return f"{self.folder} ({self.shares} shares)"
+
+
+Online = Path | str | Divided
+"""Where online stores are: a folder, the URL of a server, a folder divided by entities."""
+
+
+@plain_dataclass(frozen=True, slots=True)
 class Places:
     """The places of one pipeline's stores: folders or URLs."""
 
     lake: Path | str
     """What `actors.lake.Lake` opens."""
-    online: Path | str
+    online: Online
     """What `actors.online` opens."""
 
 
 def places_of(home: Home, stores: Stores) -> Places:
     """Where a pipeline's stores are, seen from a process whose home that is."""
-    return Places(lake=stores.lake or home.lake, online=stores.online or home.online)
+    folder: Path | Divided = home.online if stores.online_shards == 1 else Divided(home.online, stores.online_shards)
+    return Places(lake=stores.lake or home.lake, online=stores.online or folder)
+
+
+def declared(stores: Stores) -> dict[str, str | int | None]:
+    """The stores as JSON, of which `Stores(**…)` makes them again."""
+    shards = {"online_shards": stores.online_shards} if stores.online_shards > 1 else {}
+    return {"lake": stores.lake, "online": stores.online, **shards}
 
 
 def is_of_one_host(url: str) -> bool:

@@ -247,7 +247,7 @@ def test_repeated_and_missed_batches_end_in_the_same_vectors(bench: Bench) -> No
 
 def test_a_version_that_only_merges_parts_is_no_missed_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.arrive("trips", trips(0, 30), "one")
-    monkeypatch.setattr(bench.actor, "_catch_up", lambda *_: pytest.fail("read the whole table again"))
+    monkeypatch.setattr(bench.actor._online, "_catch_up", lambda *_: pytest.fail("read the whole table again"))
     for i in range(9):
         bench.arrive("trips", trips(30 + 2 * i, 2), f"more-{i}")
     assert bench.lake.compact("trips", fewest=2) is not None
