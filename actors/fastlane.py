@@ -259,6 +259,9 @@ class FastLane(HttpToolsProtocol):
                 self._turn(data)
                 return
             end = begin + head.length
+            if len(data) < end and self._fast.refusal(head.headers, Right.PREDICT, self._is_local) is not None:
+                self._turn(data)  # refused there too, and its body is not kept
+                return
             if len(data) < end:
                 self._head, self._parts, self._missing = head, [data[begin:]], end - len(data)
                 self._active = self.loop.time()

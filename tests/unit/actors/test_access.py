@@ -5,6 +5,7 @@ import time
 
 import grpc
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -250,6 +251,29 @@ def test_a_wrong_key_is_refused_before_the_body_is_decoded(lanes):
     quick, plain, _ = lanes(KeyPolicy.ALL, post("/predict/selftest", b"no JSON", "Authorization: Bearer rm_wrong"))
     assert quick.startswith(b"HTTP/1.1 401") and plain.startswith(b"HTTP/1.1 401")
     assert b'www-authenticate: Bearer realm="raymill", error="invalid_token"' in quick
+
+
+def test_a_body_that_is_still_on_its_way_is_not_waited_for_nor_kept(tmp_path):
+    async def test():
+        found = await keyed(tmp_path, KeyPolicy.ALL)
+        app = selftest.as_serve_does(found.__serve_build_asgi_app__())
+        config = uvicorn.Config(lambda: app, factory=True, lifespan="off", log_config=None)
+        config.load()
+        fast = Fast(found, refusal=found.door.refusal)
+        protocol = fast.protocol(config=config, server_state=uvicorn.server.ServerState(), app_state={})
+        wire, size = selftest.Wire(), 8 << 20
+        protocol.connection_made(wire)
+        protocol.data_received(post("/predict/selftest", b"x" * size, last=False)[:5000])
+        while not wire.sent:
+            await asyncio.sleep(0.001)
+        assert wire.sent.startswith(b"HTTP/1.1 401")
+        for _ in range(size >> 16):
+            protocol.data_received(b"x" * (64 << 10))
+            assert protocol._held == b"" and protocol._parts == []
+        protocol.connection_lost(None)
+        found.stop()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
 
 
 def test_grpc_asks_the_same_door(tmp_path):
