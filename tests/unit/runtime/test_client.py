@@ -14,10 +14,12 @@ from raymill.runtime import client as client_module
 from raymill.runtime.client import ARROW_STREAM, Client
 from raymill.runtime.errors import (
     ContractError,
+    Forbidden,
     ModelError,
     NoSuchPath,
     Overloaded,
     RequestError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -170,3 +172,46 @@ def test_the_client_imports_neither_ray_nor_torch():
     script = "import sys, raymill.runtime.client; print([m for m in ('ray', 'torch', 'numba') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def refusing(status, code):
+    def answer(request):
+        answer.seen.append(request.headers.get("authorization"))
+        return httpx.Response(status, json={"error": "what it says", "code": code, "remedy": "do"})
+
+    answer.seen = []
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [(401, "unauthenticated", Unauthenticated), (403, "forbidden", Forbidden), (403, "", Forbidden)],
+)
+def test_a_key_is_sent_and_its_refusal_is_told_and_not_tried_again(status, code, kind):
+    server = refusing(status, code)
+    with (
+        Client("https://mill", key="rm_mine", transport=httpx.MockTransport(server)) as client,
+        pytest.raises(kind, match="what it says"),
+    ):
+        client.predict("m", [{"x": 1}])
+    assert server.seen == ["Bearer rm_mine"]
+
+
+def test_a_key_never_goes_to_another_host_in_the_clear(monkeypatch):
+    with pytest.raises(RequestError, match="in the clear: use https"):
+        Client("http://mill:8000", key="rm_mine")
+    for url in ("https://mill", "http://localhost:8000", "http://127.0.0.1:1", "http://[::1]:8000"):
+        Client(url, key="rm_mine").close()
+    monkeypatch.setenv("RAYMILL_API_KEY", "rm_from_outside")
+    with pytest.raises(RequestError, match="in the clear"):
+        client_module.connect("http://mill")
+    monkeypatch.setenv("RAYMILL_API_KEY", "Bearer rm_x")
+    with pytest.raises(RequestError, match="RAYMILL_API_KEY holds no API key"):
+        client_module.connect()
+
+
+def test_certificates_that_can_not_be_read_are_told(tmp_path):
+    (tmp_path / "ca.pem").write_text("no PEM")
+    for file in ("ca.pem", "none.pem"):
+        with pytest.raises(RequestError, match="can not be read"):
+            Client("https://mill", ca=str(tmp_path / file))
