@@ -151,9 +151,9 @@ def ours(up: Up, folder: Path, clients: tuple[int, ...], seconds: float) -> Figu
 
 def in_process(model: Path, seconds: float) -> Figures:
     """The limit: 64 rows a call, one thread."""
-    from raymill.actors.trees import load_trees
+    from raymill.actors.surroundings import load_program
 
-    predict = load_trees(model.read_bytes())
+    predict = load_program(model.read_bytes())
     x = np.random.default_rng(1).normal(size=(64, WIDTH)).astype(np.float32)
     calls = harness.best_of(lambda: predict(x), seconds=seconds)
     return {"rows64_rows_per_s": 64 / calls["mean_s"], "rows64_p50_us": calls["p50_s"] * 1e6}
