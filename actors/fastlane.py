@@ -107,7 +107,7 @@ class Fast:
         head = self._heads.get(block)
         if head is None:
             head = http_head.read_head(block)
-            if head is not None and head.request_id is None and len(block) <= _KNOWN_HEAD_BYTES:
+            if head is not None and head.is_common and len(block) <= _KNOWN_HEAD_BYTES:
                 if len(self._heads) >= _KNOWN_HEADS:
                     self._heads.clear()
                 self._heads[block] = head

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -72,6 +72,7 @@ class Service(Protocol):
     """What answers: the serving replica."""
 
     door: Door
+    traces: Any
 
     @property
     def is_ready(self) -> bool:
@@ -87,6 +88,7 @@ class Service(Protocol):
         """The same, and UnknownVersion if it has not that version."""
 
 
+_NO_TRACE: Mapping[str, str] = {}
 _here: list[Service] = []
 
 
@@ -134,7 +136,7 @@ class _Methods:
     async def infer(self, request: bytes, context: Context) -> bytes:
         """`ModelInfer`: a message in, a message out."""
         refusal = _refused(context)
-        reply = refusal if refusal is not None else await self._answer(request)
+        reply = refusal if refusal is not None else await self._answer(request, _trace_of(context))
         if reply.status != 200:
             await context.abort(_code(reply.status), _words(reply))
         return reply.body
@@ -145,9 +147,10 @@ class _Methods:
         if refusal is not None:
             await context.abort(_code(refusal.status), _words(refusal))
         under_way: deque[asyncio.Task[Reply]] = deque()
+        trace = _trace_of(context)
         try:
             async for request in requests:
-                under_way.append(asyncio.ensure_future(self._answer(request)))
+                under_way.append(asyncio.ensure_future(self._answer(request, trace)))
                 while under_way and (len(under_way) > PIPELINED or under_way[0].done()):
                     yield _streamed(await under_way.popleft())
             while under_way:
@@ -156,14 +159,14 @@ class _Methods:
             for task in under_way:
                 task.cancel()
 
-    async def _answer(self, request: bytes) -> Reply:
+    async def _answer(self, request: bytes, trace: Mapping[str, str]) -> Reply:
         """The reply; a caller who leaves is not computed for."""
         begun, status = time.perf_counter(), GONE
         self._accounts.begin()
         ticket: Ticket | None = None
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:
-            ticket = _submit(request, lambda reply: None if future.done() else future.set_result(reply))
+            ticket = _submit(request, trace, lambda reply: None if future.done() else future.set_result(reply))
             reply = await future
             status = reply.status
             return reply
@@ -173,9 +176,9 @@ class _Methods:
             self._accounts.end(status, time.perf_counter() - begun, "", "ModelInfer")
 
 
-def _submit(request: bytes, done: Callable[[Reply], None]) -> Ticket | None:
+def _submit(request: bytes, trace: Mapping[str, str], done: Callable[[Reply], None]) -> Ticket | None:
     try:
-        return _service().submit(oip_grpc.GrpcCall.of(request), done)
+        return _service().submit(oip_grpc.GrpcCall.of(request, trace), done)
     except RaymillError as err:
         done(asgi.error_reply(err))
         return None
@@ -225,6 +228,13 @@ def _code(status: int) -> grpc.StatusCode:
 def _words(reply: Reply) -> str:
     told = orjson.loads(reply.body)
     return f"{told['error']} ({told['remedy']})"
+
+
+def _trace_of(context: Context) -> Mapping[str, str]:
+    """The metadata that say which trace a call belongs to, where requests are traced."""
+    if not _here or _here[0].traces is None:
+        return _NO_TRACE
+    return {key: text for key, text in context.invocation_metadata() or () if key in ("traceparent", "tracestate")}
 
 
 def _refused(context: Context, right: Right | None = Right.PREDICT) -> Reply | None:

@@ -50,6 +50,11 @@ class Head:
     request_id: str | None
     """The caller's name for the request."""
 
+    @property
+    def is_common(self) -> bool:
+        """Whether another request may have the same one: it names neither itself nor a trace."""
+        return self.request_id is None and "traceparent" not in self.headers
+
 
 def may_begin(data: bytes) -> bool:
     """Whether the bytes, perhaps only the first few, can be a request for the fast lane."""

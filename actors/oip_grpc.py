@@ -6,8 +6,8 @@ raw data, `fp32_contents` for those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,9 +40,11 @@ class GrpcCall:
     """A `ModelInfer`; the reply's body is a `ModelInferResponse`."""
 
     request: ModelInferRequest
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """The metadata that say which trace it belongs to."""
 
     @classmethod
-    def of(cls, data: bytes) -> GrpcCall:
+    def of(cls, data: bytes, headers: Mapping[str, str]) -> GrpcCall:
         """The call of a message's bytes.
 
         Raises:
@@ -52,7 +54,7 @@ class GrpcCall:
         if len(data) > MAX_BODY_BYTES:
             raise TooLarge(f"the message is larger than {MAX_BODY_BYTES} bytes: split the rows over several requests")
         try:
-            return cls(ModelInferRequest.FromString(data))
+            return cls(ModelInferRequest.FromString(data), headers)
         except DecodeError as err:
             raise RequestError(f"the message is no ModelInferRequest ({err}): see the protocol's .proto") from err
 

@@ -35,10 +35,7 @@ class ServeAccounts:
     def __init__(self, replica: Any, grpc_method: str = "", code_of: Callable[[int], str] = str) -> None:
         """Of HTTP's requests, or of those of one gRPC method (`/package.Service/Method`), with their codes' names."""
         from ray.serve._private.common import RequestMetadata, RequestProtocol
-        from ray.serve._private.tracing_utils import is_tracing_enabled
 
-        if is_tracing_enabled():
-            raise Unavailable("Serve traces requests, and only those that pass through it")
         self._manager = replica._metrics_manager
         self._protocol = RequestProtocol.GRPC if grpc_method else RequestProtocol.HTTP
         self._method, self._code_of = grpc_method or _METHOD, code_of
@@ -143,7 +140,7 @@ def accounts_of(app: Any) -> ServeAccounts:
     """The books of the replica behind a server's ASGI application.
 
     Raises:
-        Unavailable: there is no Serve replica behind it, or Serve traces requests.
+        Unavailable: there is no Serve replica behind it.
     """
     open_access_log()
     for _ in range(16):

@@ -107,6 +107,8 @@ class ServingReplica:
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
+        self.traces: Any = None
+        """`Traces`, where Serve traces requests."""
         self.door = Door(KeyPolicy(keys), self._records)
         self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
@@ -176,6 +178,7 @@ class ServingReplica:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await loop.run_in_executor(None, self.start)
+                self.traces = surroundings.traces_of_serve()
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
                 await send({"type": "lifespan.startup.complete"})
@@ -222,6 +225,8 @@ class ServingReplica:
 
         Both lanes, and gRPC, come through here. None: the reply was given already.
         """
+        if self.traces is not None:
+            call, done = self.traces.follow(call, done)
         try:
             model = self.model(call.model)
             question, write = call.read(model, time.time_ns() // 1000)
@@ -266,7 +271,8 @@ class ServingReplica:
         self._models.asked(name)
         if not self._is_here(name):  # it left between the lane's look and this one
             self._models.bring_back(name)
-        return self.model(name).ask(batch, self._log)
+        model = self.model(name)
+        return model.ask(batch, self._log) if self.traces is None else self.traces.ask(model, batch, self._log)
 
     def model(self, name: str) -> LoadedModel:
         """A served model.

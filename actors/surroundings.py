@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pyarrow as pa
 
 from raymill.actors import model_files
@@ -30,6 +33,18 @@ def open_features(home: Home, spec: ModelSpec) -> FeatureReader | None:
     from raymill.actors.online import OnlineReader
 
     return OnlineReader(places_of(home, spec.stores).online, FeaturePlan.from_json(spec.plan))
+
+
+def traces_of_serve() -> Any:
+    """`Traces` as Serve has set them up in this process; None: it has not."""
+    serve = sys.modules.get("ray.serve._private.tracing_utils")
+    if serve is None or not serve.is_tracing_enabled():
+        return None
+    from opentelemetry import trace
+
+    from raymill.actors.traces import Traces
+
+    return Traces(trace.get_tracer("raymill"))
 
 
 def observe(model: str, segment: str, rows: pa.Table) -> bool:

@@ -36,6 +36,10 @@ _FOREIGN = (
 """Variables of another cluster or of an enclosing job, which must not reach ours."""
 
 
+_COLLECTORS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_EXPORTER = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+
+
 def client_environment(home: Home, ports: Ports, address: str, token: Path, bin_dir: Path, path: str) -> dict[str, str]:
     """Variables for a process that attaches to the session: where it is, and how to be let in."""
     return {
@@ -89,6 +93,7 @@ def cluster_environment(
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         **haproxy_files(scratch),
+        **tracing(base),
         **(
             {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")}
             if interface
@@ -119,6 +124,13 @@ def serve_environment(ports: Ports) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
     }
+
+
+def tracing(base: Mapping[str, str]) -> dict[str, str]:
+    """Serve's variables for traces, where OpenTelemetry's own say where spans go; what the caller has set stays."""
+    if not any(base.get(name) for name in _COLLECTORS):
+        return {}
+    return {_EXPORTER: base.get(_EXPORTER) or "raymill.actors.trace_export:otlp"}
 
 
 def haproxy_files(scratch: Path) -> dict[str, str]:

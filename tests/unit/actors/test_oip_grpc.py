@@ -200,7 +200,7 @@ def test_peers_are_told_apart_by_their_address(peer, local):
 @given(st.binary(max_size=200))
 def test_whatever_bytes_come_they_are_read_or_refused_with_a_reason(data):
     try:
-        call = oip_grpc.GrpcCall.of(data)
+        call = oip_grpc.GrpcCall.of(data, {})
         oip_grpc.read_infer(call.request, model((3, "live", 1.0)))
     except RequestError as err:
         assert err.message

@@ -44,11 +44,10 @@ def schema_in(document, schema):
     return {**schema, "components": document["components"]}
 
 
-def test_the_document_is_valid_whatever_the_models_are_called(document):
-    OpenAPIV31SpecValidator(document).validate()
-    OpenAPIV31SpecValidator(openapi.document([])).validate()
+def test_the_document_is_valid_whatever_the_models_are_called():
     odd = [replace(SPECS[0], name=name, label=name) for name in ("a/b", "ü", "{x}", "a b")]
-    OpenAPIV31SpecValidator(openapi.document(odd)).validate()
+    OpenAPIV31SpecValidator(openapi.document([SPECS[1], *odd])).validate()
+    OpenAPIV31SpecValidator(openapi.document([])).validate()
 
 
 def test_every_example_gets_the_status_and_the_form_that_are_documented(document, tmp_path):

@@ -10,6 +10,7 @@ from raymill.cluster.environment import (
     kernels_version,
     serve_environment,
     serve_options,
+    tracing,
 )
 from raymill.cluster.ports import Ports
 from raymill.cluster.session import scratch_path
@@ -111,6 +112,14 @@ def test_every_port_that_serve_would_take_by_default_is_the_sessions_own():
         "RAY_SERVE_WORKER_PROXY_GRPC_PORT",
     }
     assert len(names) >= 8 and names <= serve_environment(PORTS).keys()
+
+
+def test_traces_are_on_where_a_collector_is_named_and_the_callers_own_exporter_stays():
+    assert tracing({}) == {}
+    named = tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"})
+    assert named == {"RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "raymill.actors.trace_export:otlp"}
+    own = {"OTEL_EXPORTER_OTLP_ENDPOINT": "x", "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "mine:export"}
+    assert tracing(own) == {"RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "mine:export"}
 
 
 def test_kernels_are_compiled_anew_when_any_source_with_kernels_changes(tmp_path):
