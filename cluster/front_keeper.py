@@ -20,7 +20,7 @@ from pathlib import Path
 
 from raymill.cluster.front import CERTIFICATE, PRIVATE_KEY
 
-LOOK_S = 5.0
+LOOK_S = 1.0
 """How often the certificate's files are looked at."""
 REST_S = 1.0
 """Pause before HAProxy is started again after it ended."""
