@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from raymill.cluster.ports import BLOCK, Ports
 from raymill.cluster.processes import SESSION_MARK
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
+from raymill.runtime.errors import SpecError
 from raymill.runtime.home import HOME_VARIABLE, Home
 
 CLUSTER_NAME = "raymill"
@@ -127,10 +129,24 @@ def serve_environment(ports: Ports) -> dict[str, str]:
 
 
 def tracing(base: Mapping[str, str]) -> dict[str, str]:
-    """Serve's variables for traces, where OpenTelemetry's own say where spans go; what the caller has set stays."""
-    if not any(base.get(name) for name in _COLLECTORS):
+    """Serve's variables for traces, where OpenTelemetry's own say where spans go; what the caller has set stays.
+
+    Raises:
+        SpecError: what sends spans is not installed: replicas would not start.
+    """
+    named = [name for name in _COLLECTORS if base.get(name)]
+    if not named or base.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return {}
-    return {_EXPORTER: base.get(_EXPORTER) or "raymill.actors.trace_export:otlp"}
+    if base.get(_EXPORTER):
+        return {_EXPORTER: base[_EXPORTER]}
+    try:
+        version("opentelemetry-exporter-otlp-proto-http")
+    except PackageNotFoundError as err:
+        raise SpecError(
+            f"{named[0]} names a collector of traces, and {err.name} is not installed: `pip install raymill[traces]`, "
+            "or set OTEL_SDK_DISABLED=true"
+        ) from err
+    return {_EXPORTER: "raymill.actors.trace_export:otlp"}
 
 
 def haproxy_files(scratch: Path) -> dict[str, str]:

@@ -119,6 +119,7 @@ def test_traces_are_on_where_a_collector_is_named_and_the_callers_own_exporter_s
     named = tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"})
     assert named == {"RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "raymill.actors.trace_export:otlp"}
     own = {"OTEL_EXPORTER_OTLP_ENDPOINT": "x", "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "mine:export"}
+    assert tracing({**named, "OTEL_EXPORTER_OTLP_ENDPOINT": "x", "OTEL_SDK_DISABLED": "true"}) == {}
     assert tracing(own) == {"RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "mine:export"}
 
 
