@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import uvicorn.config
 
 from raymill.actors import (
     answering,
     asgi,
+    feature_answers,
     grpc_service,
     model_files,
     oip,
@@ -47,6 +46,7 @@ from raymill.actors.models import Answer, LoadedModel, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
+from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec
 from raymill.actors.rollout_watch import Reporter
 from raymill.actors.version_health import Report
@@ -54,7 +54,6 @@ from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import (
     NoSuchPath,
     RaymillError,
-    RequestError,
     Unavailable,
     UnknownModel,
     UnknownVersion,
@@ -107,6 +106,7 @@ class ServingReplica:
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._started = False
+        self._metrics: ReplicaMetrics | None = None
         self.traces: Any = None
         """`Traces`, where Serve traces requests."""
         self.door = Door(KeyPolicy(keys), self._records)
@@ -181,8 +181,13 @@ class ServingReplica:
                 self.traces = surroundings.traces_of_serve()
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
+                if gauges := surroundings.gauges_of_serve():
+                    self._metrics = ReplicaMetrics(self._load.reading, self._models.attempts.tallies, gauges)
+                    self._metrics.start(loop)
                 await send({"type": "lifespan.startup.complete"})
             else:
+                if self._metrics is not None:
+                    self._metrics.stop()
                 await loop.run_in_executor(None, self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -363,15 +368,12 @@ class ServingReplica:
         raise NoSuchPath(f"there is nothing at {'/raymill/' + '/'.join(parts)!r}")
 
     async def _features(self, request: Request, model: LoadedModel) -> Reply:
-        """Feature vectors of rows, as an Arrow stream: id, at, one float32 column a feature."""
+        """Feature vectors of rows, as an Arrow stream."""
+        ages = feature_answers.wants_ages(request.query)
         rows = answering.rows_of(request.body, request.headers, model.spec, time.time_ns() // 1000)
-        if model.reader is None:
-            raise RequestError(f"model {model.spec.name!r} has no features to look up")
         loop = asyncio.get_running_loop()
-        x = await loop.run_in_executor(self._thread, model.reader.vectors, rows.columns, rows.at)
-        columns = {"id": pa.array(rows.ids), "at": pa.array(rows.at).cast(wire.TIMESTAMP)}
-        columns |= {feature: pa.array(np.ascontiguousarray(x[:, j])) for j, feature in enumerate(model.spec.inputs)}
-        return Reply(200, wire.write_stream(pa.table(columns)), content_type=wire.ARROW_STREAM)
+        found = await loop.run_in_executor(self._thread, feature_answers.features_of, model, rows, ages)
+        return Reply(200, wire.write_stream(found), content_type=wire.ARROW_STREAM)
 
     def _report(self) -> Report:
         models = self._models
@@ -428,7 +430,7 @@ PATHS = [
     "GET /raymill/consistency[?model=]",
     "GET /raymill/replica",
     "GET /raymill/replicas",
-    "POST /raymill/features/{model}",
+    "POST /raymill/features/{model}[?ages=1]",
     "POST /raymill/flush",
     "GET /healthz",
 ]

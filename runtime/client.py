@@ -123,9 +123,14 @@ class Client:
         parts = [self._arrow("POST", f"/predict/{model}", headers, chunk) for chunk in _chunks(rows, at, ids)]
         return pa.concat_tables(parts) if parts else _NO_ANSWERS.empty_table()
 
-    def features(self, model: str, rows: Rows, at: Moment = None) -> pa.Table:
-        """Feature vectors of rows as of `at`: `id`, `at`, and a float32 column a feature (NaN: unknown)."""
-        parts = [self._arrow("POST", f"/raymill/features/{model}", {}, c) for c in _chunks(rows, at, None)]
+    def features(self, model: str, rows: Rows, at: Moment = None, *, ages: bool = False) -> pa.Table:
+        """Feature vectors of rows as of `at`: `id`, `at`, and a float32 column a feature (NaN: unknown).
+
+        With `ages` features are null where unknown, and there is a column `age_us:<view>` for each view: µs from its
+        newest event to the row's moment, null where the online store has none.
+        """
+        path = f"/raymill/features/{model}" + ("?ages=1" if ages else "")
+        parts = [self._arrow("POST", path, {}, c) for c in _chunks(rows, at, None)]
         if not parts:
             raise RequestError("there are no rows: send at least one")
         return pa.concat_tables(parts)

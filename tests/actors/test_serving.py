@@ -195,6 +195,10 @@ def test_a_row_gets_its_features_and_the_live_version(cluster):
     with Client(endpoint.url) as client:
         answer = client.predict("taxi", [{"trip": 7, "zone": "a", "miles": 1.5}], at=AT, ids=["first"]).to_pylist()
         features = client.features("taxi", [{"trip": 7, "zone": "a", "miles": 1.5}], at=AT).to_pylist()
+        aged = client.features("taxi", [{"trip": 7, "zone": "a", "miles": 1.5}], at=AT, ages=True).to_pylist()[0]
+        unseen = client.features("taxi", [{"trip": 8, "zone": "?", "miles": 1.5}], at=AT, ages=True).to_pylist()[0]
+    assert aged.pop("age_us:zone") > 0 and aged.pop("id") and {**aged, "id": features[0]["id"]} == features[0]
+    assert (unseen["age_us:zone"], unseen["trip.miles"]) == (None, 1.5)
     assert (features[0]["zone.miles_1d"], features[0]["trip.miles"]) == (2.0, 1.5)
     assert (answer[0]["id"], answer[0]["version"]) == ("first", 1)
     assert answer[0]["p"] == pytest.approx(0.1 + 0.001 * np.tanh(3.5), abs=1e-6)
@@ -224,6 +228,8 @@ def test_the_fast_lane_is_open_and_serves_own_counters_count_it(cluster):
         time.sleep(0.5)
     assert [counted(endpoint, name) - b >= 330 for name, b in zip(names, before, strict=True)] == [True, True]
     assert counted(endpoint, "serve_num_http_error_requests_total") - errors == 30
+    gauges = httpx.get(endpoint.metrics_url).text
+    assert "raymill_version_batch_rows{" in gauges and "raymill_queue_delay_seconds{" in gauges
 
 
 def test_open_inference_protocol_answers_through_the_proxy(cluster):

@@ -11,6 +11,7 @@ import pytest
 
 from raymill.actors import asgi, wire
 from raymill.actors.lake import Lake
+from raymill.actors.online_reader import LookUp
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.rollout import Role, Route, generation, to_user_config
 from raymill.runtime.records import RecordsActor
@@ -289,6 +290,35 @@ def test_features_are_given_by_name(run):
         return pa.ipc.open_stream(answer.content).read_all().to_pylist()
 
     assert [(r["miles"], r["minute"]) for r in run(test, LIVE)] == [(5.0, 1.0)]
+
+
+class AgedReader(Reader):
+    """Tells one age, of a view that the second row is nothing to; what is above 9 miles is unknown."""
+
+    def look_up(self, rows, at):
+        x = self.vectors(rows, at)
+        return LookUp(np.where(x > 9, np.nan, x), np.array([[5], [-1]])[: len(x)], ("taxi",))
+
+
+def test_features_come_with_their_ages_where_that_is_asked_for(run):
+    async def test(found, client):
+        body = {"rows": [ROW, {**ROW, "miles": 10.0}], "at": 60_000_000}
+        paths = ("?ages=1", "?ages=0", "?ages=yes")
+        return [await client.post(f"/raymill/features/taxi{p}", json=body) for p in paths]
+
+    with_ages, without, wrong = run(test, LIVE, reader=AgedReader())
+    rows = pa.ipc.open_stream(with_ages.content).read_all().to_pylist()
+    assert [(r["miles"], r["minute"], r["age_us:taxi"]) for r in rows] == [(5.0, 1.0, 5), (None, 1.0, None)]
+    assert "age_us:taxi" not in pa.ipc.open_stream(without.content).read_all().column_names
+    assert (wrong.status_code, "ages='yes'" in wrong.text) == (400, True)
+
+
+def test_inputs_that_come_with_the_request_have_no_ages(run):
+    async def test(found, client):
+        return await client.post("/raymill/features/taxi?ages=1", json={"rows": [ROW], "at": 60_000_000})
+
+    answer = run(test, LIVE)
+    assert (answer.status_code, "have no ages" in answer.text) == (400, True)
 
 
 def test_what_is_recorded_can_be_read(run, tmp_path):
