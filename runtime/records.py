@@ -6,11 +6,14 @@ the actor by name at each call and outlives its restarts: every call may be repe
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from ray.exceptions import ObjectLostError
 
 from raymill.runtime.api_keys import ApiKey
 from raymill.runtime.errors import Unavailable
@@ -19,7 +22,8 @@ from raymill.runtime.key_registry import KeyRegistry
 from raymill.runtime.ledger import Ledger, Verification
 from raymill.runtime.messages import Event, Manifest, ModelVersion
 from raymill.runtime.registry import Registry
-from raymill.runtime.spawn import Remote
+from raymill.runtime.shared_programs import SharedPrograms, put_bytes
+from raymill.runtime.spawn import Remote, ask, in_short
 
 NAME = "records"
 """The actor's name in Ray."""
@@ -36,6 +40,7 @@ class RecordsActor:
         self._ledger: Ledger | None = None
         self._registry: Registry | None = None
         self._keys: KeyRegistry | None = None
+        self._shared = SharedPrograms(lambda digest: self.registry.program(digest), put_bytes)
 
     def start(self) -> None:
         """Open the database.
@@ -151,21 +156,34 @@ class RecordsActor:
         """A program's bytes, their hash checked."""
         return self.registry.program(digest)
 
+    def program_ref(self, digest: str) -> list[Any]:
+        """The program in the object store, as a list of one reference: Ray would resolve a bare one.
+
+        Raises:
+            StoreError: as `program`.
+        """
+        return [self._shared.ref(digest)]
+
     def start_canary(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
         """Candidate → canary."""
         return self.registry.start_canary(model, version, reason=reason, at=at)
 
     def reject(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
         """Candidate, canary or retired → rejected."""
-        return self.registry.reject(model, version, reason=reason, at=at)
+        return self._freed(self.registry.reject(model, version, reason=reason, at=at))
 
     def promote(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
         """Candidate, canary or retired → live; the live one retires."""
-        return self.registry.promote(model, version, reason=reason, at=at)
+        return self._freed(self.registry.promote(model, version, reason=reason, at=at))
 
     def rollback(self, model: str, *, reason: str, at: int | None = None, version: int | None = None) -> ModelVersion:
         """Live (`version`, if given) → retired; live again what it had replaced."""
-        return self.registry.rollback(model, reason=reason, at=at, version=version)
+        return self._freed(self.registry.rollback(model, reason=reason, at=at, version=version))
+
+    def _freed(self, changed: ModelVersion) -> ModelVersion:
+        """Let go of the programs of versions that are retired or rejected now."""
+        self._shared.keep(self.registry.digests_in_use())
+        return changed
 
 
 class RemoteRecords(Remote):
@@ -194,6 +212,22 @@ class RemoteRecords(Remote):
         """As the actor's."""
         found: ModelVersion | None = self._call("live", model)
         return found
+
+    def program(self, digest: str) -> memoryview:
+        """A program's bytes where they lie in this node's object store; they stay while somebody holds the view.
+
+        Raises:
+            StoreError: as the actor's.
+            Unavailable: the actor, or the object, can not be had in time.
+        """
+        end_s = time.monotonic() + self._patience_s
+        while True:
+            (ref,) = self._call("program_ref", digest)
+            try:
+                return memoryview(ask(ref, timeout_s=self._patience_s))
+            except ObjectLostError as err:  # the actor ended, and what it had put there with it
+                if time.monotonic() >= end_s:
+                    raise Unavailable(f"program {digest} is lost on its way to this node ({in_short(err)})") from err
 
     def rollback(self, model: str, *, reason: str, at: int | None = None, version: int | None = None) -> ModelVersion:
         """As the actor's; without `version` the one that is live now is meant, however often the call is made."""

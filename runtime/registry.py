@@ -143,6 +143,12 @@ class Registry:
             raise StoreError(f"program {path} is damaged (its hash differs): restore the file, or train again")
         return program
 
+    def digests_in_use(self) -> list[str]:
+        """Programs of every version that is not retired or rejected."""
+        gone = (Stage.RETIRED, Stage.REJECTED)
+        with self._ledger.reading() as db:
+            return [d for (d,) in db.execute("SELECT DISTINCT digest FROM versions WHERE stage NOT IN (?, ?)", gone)]
+
     def start_canary(self, model: str, version: int, *, reason: str, at: int | None = None) -> ModelVersion:
         """Candidate → canary.
 
