@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +33,7 @@ from raymill.runtime.errors import Unavailable, UnknownModel, UnknownVersion
 from raymill.runtime.expressions import digest
 from raymill.runtime.feature_registry import JUDGED, OBSERVED
 from raymill.runtime.messages import Event, ModelVersion
+from raymill.runtime.stores import Online
 
 
 class Records(Protocol):
@@ -67,7 +67,7 @@ class _Found:
 class Recompute:
     """Checks served vectors of any model against the lake; holds nothing open."""
 
-    def __init__(self, lake: Lake, records: Records, online: str | Path | None = None) -> None:
+    def __init__(self, lake: Lake, records: Records, online: Online | None = None) -> None:
         """`online` is the place of the online store; it is asked only where no state of the lake explains a value."""
         self._lake = lake
         self._records = records
@@ -80,8 +80,11 @@ class Recompute:
         *,
         rows: int = SAMPLE_ROWS,
         tolerance: float = consistency.TOLERANCE,
+        observe: bool = True,
     ) -> Consistency:
         """Judge a sample of the predictions that `span` means, and write it down.
+
+        Without `observe` no statistics are taken, and of the lake only what the sample's moments reach is read.
 
         Raises:
             Unavailable: no training set of this model is in the ledger, so its definitions are not known.
@@ -91,7 +94,7 @@ class Recompute:
         served = sample(self._lake, model, span or Span(), rows)
         found = _Found(model, self._definitions(model) if served.num_rows else [])
         for defined, part in self._by_definitions(served, found):
-            self._recomputed(defined, part, found)
+            self._recomputed(defined, part, found, observe)
         at = at_of(served) if served.num_rows else np.zeros(1, np.int64)
         cells = {name: np.concatenate(codes) for name, codes in found.cells.items()}
         findings, alert, reason = consistency.judge(cells, found.whys, served.num_rows, tolerance)
@@ -140,7 +143,7 @@ class Recompute:
             return ""
         return "" if manifest is None else digest(asdict(manifest))
 
-    def _recomputed(self, defined: Definitions, part: pa.Table, found: _Found) -> None:
+    def _recomputed(self, defined: Definitions, part: pa.Table, found: _Found, observe: bool) -> None:
         """Hold a part of the sample against the lake."""
         plan = defined.plan
         fits = pc.equal(pc.list_value_length(part["x"]), len(plan.names))
@@ -153,21 +156,22 @@ class Recompute:
         pinned = {s: v for s in plan.sources if (v := self._lake.version(s)) is not None}
         found.pinned |= pinned
         there = ServedRows((self._lake, self._online), plan, part, pinned)
-        now, tables = there.joined(dict(pinned), None)
+        now, tables = there.joined(dict(pinned), None if observe else np.arange(part.num_rows))
         codes = self._explained(there, now, defined, found)
         for j, name in enumerate(plan.names):
             found.cells[name].append(codes[:, j])
-        found.observed.append(
-            {
-                "model": found.model,
-                "feature_hashes": defined.hashes,
-                "rows": part.num_rows,
-                "start_at": int(there.at.min()),
-                "end_at": int(there.at.max()),
-                "features": describe(there.served, plan.names),
-                "unseen": unseen_shares(plan, tables, there.rows, there.at),
-            }
-        )
+        if observe:
+            found.observed.append(
+                {
+                    "model": found.model,
+                    "feature_hashes": defined.hashes,
+                    "rows": part.num_rows,
+                    "start_at": int(there.at.min()),
+                    "end_at": int(there.at.max()),
+                    "features": describe(there.served, plan.names),
+                    "unseen": unseen_shares(plan, tables, there.rows, there.at),
+                }
+            )
 
     def _explained(self, there: ServedRows, now: Vectors, defined: Definitions, found: _Found) -> Codes:
         """The cause of every cell [rows, features] that differs."""

@@ -28,6 +28,7 @@ from raymill.actors.retrain import (
     Watched,
 )
 from raymill.actors.training_data import columns_of
+from raymill.jobs.feature_watch import check_period
 from raymill.jobs.run import Run
 from raymill.jobs.world import World
 from raymill.runtime.errors import TrainingError
@@ -68,7 +69,10 @@ class Correction:
             self.tell(retrain.Asked(at=at, reason="first model"))
 
     def day_passed(self, now: int, replay_start: int) -> None:
-        """Look at the canary, or give a verdict when one is due; moments are event time, µs UTC."""
+        """Look at the canary; when a period ends, a verdict, and whether what was served is what the lake gives.
+
+        Moments are event time, µs UTC.
+        """
         if self.state.phase is Phase.CANARY:
             self._look(now)
         every = duration_us(self._world.pipeline.monitor.every)
@@ -77,6 +81,9 @@ class Correction:
             verdict = self._world.monitor.verdict(now - every, now)
             self._say(f"verdict: {verdict.reason}")
             self.tell(Watched(verdict=verdict))
+            checked = check_period(self._world, self._run, now - every, now)
+            if checked is not None and checked.alert:
+                self._say(f"alarm: consistency: {checked.reason}")
 
     def settle(self, now: int) -> None:
         """At the end of a replay no canary stays: it is promoted or rolled back on what is known, at the latest now."""

@@ -18,6 +18,7 @@ from raymill.actors.lakes import stores_declared
 from raymill.actors.sources import file_batches
 from raymill.cluster.session import Session
 from raymill.jobs import pipeline_file
+from raymill.jobs.feature_actors import spawn_features
 from raymill.jobs.planning import refuse_other_host
 from raymill.runtime.errors import ContractError, Usage
 from raymill.runtime.home import current_home
@@ -35,6 +36,8 @@ class Intake:
     """A `DataActor`, or one that is reached by name."""
     takers: tuple[Any, ...]
     """Features, and the monitor where it runs."""
+    records: Any
+    """The ledger: a `RecordsActor`, or one that is reached by name."""
     on_cluster: bool
     """Whether these are actors of a running cluster."""
 
@@ -69,7 +72,7 @@ def open_intake(pipeline: Pipeline, session: Session | None) -> Iterator[Intake]
             actor.start()
             started.append(actor)
         records.append([stores_declared(pipeline, "")])
-        yield Intake(data, (features,), on_cluster=False)
+        yield Intake(data, (features,), records, on_cluster=False)
     finally:
         for actor in reversed(started):
             actor.stop()
@@ -83,13 +86,13 @@ def _on_cluster(pipeline: Pipeline, home: str) -> Intake:
     handles = [
         spawn(RecordsActor, home, name="records", **place),
         spawn(DataActor, home, list(pipeline.sources), records, name, pipeline.stores, name=f"data/{name}", **place),
-        spawn(FeatureActor, home, pipeline, records, name=f"features/{name}", **place),
+        *spawn_features(pipeline, home, records, **place),
     ]
     for handle in handles:
         ask(handle.health.remote())  # an actor that could not start says here why
     records.append([stores_declared(pipeline, "")])
     takers = [n for n in (f"features/{name}", f"drift/{name}") if n in named("")]
-    return Intake(Remote(f"data/{name}"), tuple(Remote(n) for n in takers), on_cluster=True)
+    return Intake(Remote(f"data/{name}"), tuple(Remote(n) for n in takers), records, on_cluster=True)
 
 
 def push(intake: Intake, source: Source, paths: Sequence[str]) -> Iterator[Ingested]:

@@ -11,10 +11,12 @@ import typer
 
 from raymill.jobs.cli.output import AsJson, emit, err, out
 from raymill.jobs.cli.records import joined_session
-from raymill.runtime.errors import Usage
+from raymill.runtime.errors import RaymillError, Usage
 from raymill.runtime.expressions import duration_us
+from raymill.runtime.home import current_home
 
 if TYPE_CHECKING:
+    from raymill.jobs.feature_watch import LiveChecks
     from raymill.jobs.intake import Intake
     from raymill.runtime.spec import Pipeline
 
@@ -25,6 +27,9 @@ LOOK_S = 0.2
 def feed(
     pipeline: Annotated[Path, typer.Argument(help="The pipeline file, e.g. jobs/flights.py.")],
     idle: Annotated[str | None, typer.Option(help="End when nothing came for so long, e.g. 10s.")] = None,
+    check_every: Annotated[
+        str, typer.Option(help="Time between two checks of served vectors against the lake.")
+    ] = "10m",
     as_json: AsJson = False,
 ) -> None:
     """Watched folders, Delta tables, Redis streams → lake and online store; each batch once, whatever is killed."""
@@ -42,16 +47,19 @@ def feed(
         reach(source)  # a wrong address is told before anything starts
     idle_s = duration_us(idle) / 1e6 if idle else None
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    check_s = duration_us(check_every) / 1e6
     session = joined_session()
+    from raymill.jobs.feature_watch import LiveChecks
     from raymill.jobs.intake import open_intake
 
+    home = session.home if session else current_home()
     with open_intake(declared, session) as intake:
-        document = _run(declared, intake, idle_s)
+        document = _run(declared, intake, idle_s, LiveChecks(declared, home, intake.records, check_s))
     emit(document, as_json, lambda: _print(document))
 
 
-def _run(pipeline: Pipeline, intake: Intake, idle_s: float | None) -> dict[str, Any]:
-    """Start the feed, watch it, end it; how its sources stood in the end."""
+def _run(pipeline: Pipeline, intake: Intake, idle_s: float | None, checks: LiveChecks) -> dict[str, Any]:
+    """Start the feed, watch it and what is served meanwhile, end it; how its sources stood in the end."""
     from raymill.jobs.intake import running_feed
 
     told: dict[str, Any] = {}
@@ -66,11 +74,23 @@ def _run(pipeline: Pipeline, intake: Intake, idle_s: float | None) -> dict[str, 
                 moved = any(s["state"] != "waiting" or s != told.get(n) for n, s in now.items())
                 quiet_since = time.monotonic() if moved else quiet_since
                 told = now
+                _check(checks)
             feed.stop()
             told = feed.health()["sources"]
     except KeyboardInterrupt:
         err.print("interrupted: what was not acknowledged comes again with the next `raymill feed`")
     return told
+
+
+def _check(checks: LiveChecks) -> None:
+    """Tell what was served and is not what the lake gives; a check that fails is told, and the feed goes on."""
+    try:
+        judged = checks.look()
+    except RaymillError as error:
+        err.print(f"consistency: not checked: {error.message}", soft_wrap=True)
+        return
+    if judged is not None and judged.alert:
+        err.print(f"ALARM consistency: {judged.reason}", soft_wrap=True)
 
 
 def _say(name: str, now: dict[str, Any], before: dict[str, Any] | None) -> None:
