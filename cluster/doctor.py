@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
 import psutil
 
-from raymill.cluster import processes, session, start
+from raymill.cluster import certificate, processes, session, start
 from raymill.cluster.spec import DEFAULT_CONFIG, ClusterConfig, load_config
 from raymill.runtime.errors import ClusterError, RaymillError
 from raymill.runtime.home import Home
@@ -26,6 +27,10 @@ from raymill.runtime.home import Home
 OLDEST_PYTHON = (3, 11)
 LOCK_AGE_S = 120.0
 """A build lock older than this is held by nobody: the longest build takes a minute."""
+
+
+EXPIRES_SOON = timedelta(days=21)
+"""A certificate that ends before should be renewed now."""
 
 
 class Severity(StrEnum):
@@ -65,10 +70,11 @@ def examine(home: Home, config: ClusterConfig | None = None) -> list[Finding]:
         check_orphans,
         lambda: check_token(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")),
         check_auth_mode,
+        lambda: check_key_file(home.operator_key),
         lambda: check_build_locks([home.kernels / "torch_extensions", Path.home() / ".cache" / "torch_extensions"]),
     ]
-    if alive:
-        checks.append(lambda: check_open_ports(home))
+    if alive and running is not None:
+        checks += [lambda: check_open_ports(running), lambda: check_front(running)]
     else:
         checks += [lambda: check_ports(config), lambda: check_size(home, config)]
     order = list(Severity)
@@ -226,14 +232,61 @@ def check_build_locks(folders: list[Path]) -> Iterator[Finding]:
                 )
 
 
-def check_open_ports(home: Home) -> Iterator[Finding]:
-    """Ports of the running session that other machines can reach."""
-    ours = {p.pid: p for p in processes.marked(processes.SESSION_MARK, str(home.root))}
+def check_key_file(path: Path) -> Iterator[Finding]:
+    """The operator's API key: whoever reads it may do everything on the endpoint."""
+    if path.exists() and path.stat().st_mode & 0o077:
+        yield Finding(
+            what=f"the operator's API key can be read by others (mode {path.stat().st_mode & 0o777:04o})",
+            where=str(path),
+            remedy="`raymill down`, then `raymill up`: a new key takes its place",
+            severity=Severity.ERROR,
+        )
+
+
+def check_front(running: session.Session) -> Iterator[Finding]:
+    """The way in for other hosts: whether it is open, its private key closed, its certificate good for a while."""
+    config = running.config()
+    if config is None or not config.listen.host:
+        return
+    listen, now = config.listen, datetime.now(UTC)
+    files = Path(listen.certificate), Path(listen.private_key)
+    found = list(certificate.faults(*files, now))
+    for fault in found:
+        yield Finding(what=fault, where=listen.certificate, remedy="mend the files", severity=Severity.ERROR)
+    if not found and (end := certificate.validity(files[0])[1]) - now < EXPIRES_SOON:
+        yield Finding(
+            what=f"the endpoint's certificate expires at {end:%Y-%m-%d %H:%M} UTC",
+            where=listen.certificate,
+            remedy="replace the file: it is taken up without a restart",
+            severity=Severity.WARNING,
+        )
+    if not start.front_runs(running):
+        yield Finding(
+            what=f"the front for other hosts at {running.public_url} does not run",
+            where=str(running.home.cluster / "logs" / "front.log"),
+            remedy="`raymill up` starts it again",
+            severity=Severity.ERROR,
+        )
+    yield Finding(
+        what=f"the endpoint answers other hosts, by TLS and with an API key, gRPC at {running.public_grpc}",
+        where=running.public_url,
+        remedy="`raymill keys list` shows who has a key",
+        severity=Severity.NOTE,
+    )
+
+
+def check_open_ports(running: session.Session) -> Iterator[Finding]:
+    """Ports of the running session that other machines can reach, but for those that are meant to be."""
+    ours = {p.pid: p for p in processes.marked(processes.SESSION_MARK, running.root)}
+    meant = {running.ports.https, running.ports.grpcs} if running.ports and running.public_host else set()
     reachable: dict[str, set[int]] = {}
     for connection in psutil.net_connections(kind="tcp"):
         if connection.status != psutil.CONN_LISTEN or connection.pid not in ours or not connection.laddr:
             continue
-        if not ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback:
+        if (
+            connection.laddr.port not in meant
+            and not ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback
+        ):
             name = Path(ours[connection.pid].command.split(" ")[0]).name
             reachable.setdefault(name, set()).add(connection.laddr.port)
     if reachable:

@@ -182,7 +182,7 @@ def front(session: Session, config: ClusterConfig) -> None:
     listen, ports = config.listen, session.ports
     assert ports is not None
     gcs = next((p for p in session.pids if "gcs/gcs_server" in p.command), None)
-    if not listen.host or gcs is None or any(FRONT_KEEPER in p.command for p in _marked(session)):
+    if not listen.host or gcs is None or front_runs(session):
         return
     folder = Path(session.scratch) / "front"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -221,8 +221,9 @@ def _answers(host: str, port: int) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def _marked(session: Session) -> list[processes.Process]:
-    return processes.marked(SESSION_MARK, str(session.home.root))
+def front_runs(session: Session) -> bool:
+    """Whether the front's keeper runs."""
+    return any(FRONT_KEEPER in p.command for p in processes.marked(SESSION_MARK, session.root))
 
 
 def put_serve(session: Session, document: dict[str, Any]) -> None:

@@ -96,12 +96,13 @@ def _told(key: ApiKey) -> dict[str, Any]:
     }
 
 
-def _row(told: dict[str, Any]) -> list[Any]:
+def _row(told: dict[str, Any]) -> list[str]:
+    created, expires = (at and at[:16] for at in (told["created"], told["expires"]))
     return [
         told["id"],
         told["tenant"],
         " ".join(told["rights"]),
         told["state"],
-        told["created"],
-        told["expires"] or "never",
+        created,
+        expires or "never",
     ]

@@ -18,6 +18,8 @@ def status(as_json: AsJson = False) -> None:
     def human() -> None:
         cluster = document["cluster"]
         out.print(f"cluster  {cluster['address'] + '  ' + cluster['serve_url'] if cluster else 'down'}")
+        if cluster and cluster["public_url"]:
+            out.print(f"elsewhere  {cluster['public_url']}  gRPC {cluster['public_grpc']}  (TLS, API key)")
         if document["run"]:
             run = document["run"]
             out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")

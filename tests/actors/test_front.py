@@ -21,7 +21,7 @@ from raymill.actors.fastlane import NoAccounts
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import spec, stand_ins
 from raymill.actors.serving import ServingReplica
-from raymill.cluster import certificate, processes, start
+from raymill.cluster import certificate, doctor, processes, start
 from raymill.cluster.ports import picker
 from raymill.cluster.processes import SESSION_MARK, describe
 from raymill.cluster.providers import namespace
@@ -135,6 +135,7 @@ def front(tmp_path_factory):
         host="0.0.0.0", certificate=str(folder / "cert.pem"), private_key=str(folder / "key.pem"), https=ports.https
     )
     config = load_config().model_copy(update={"listen": listen})
+    (home.cluster / "config.json").write_text(config.model_dump_json())
     start.front(session, config)
     yield SimpleNamespace(
         session=session, config=config, replica=replica, gcs=gcs, folder=folder, network=network, ca=folder / "cert.pem"
@@ -316,8 +317,10 @@ def test_the_front_is_one_comes_back_and_ends_with_the_head(front):
     start.front(front.session, front.config)
     assert {p.pid for p in ours(front)} == before
     keeper = next(p for p in ours(front) if start.FRONT_KEEPER in p.command)
+    assert [f.severity for f in doctor.check_front(front.session)] == ["note"]
     os.kill(keeper.pid, 9)
     assert until(lambda: not ours(front)), "HAProxy outlives its keeper"
+    assert "does not run" in next(doctor.check_front(front.session)).what
     start.front(front.session, front.config)
     with client(front, PREDICT) as caller:
         assert caller.predict("selftest", [ROW]).num_rows == 1

@@ -2,7 +2,7 @@ import os
 import socket
 import subprocess
 
-from raymill.cluster import doctor, processes, session
+from raymill.cluster import certificate, doctor, processes, session
 from raymill.cluster.spec import load_config, parse_config
 from raymill.runtime.home import Home
 
@@ -18,6 +18,41 @@ def test_a_token_that_others_can_read_is_found(tmp_path):
     assert "0644" in found(doctor.check_token(token))
     token.chmod(0o600)
     assert found(doctor.check_token(token)) == ""
+
+
+def test_an_operators_key_that_others_can_read_is_found(tmp_path):
+    key = tmp_path / "operator.key"
+    assert found(doctor.check_key_file(key)) == ""
+    key.touch(0o600)
+    assert found(doctor.check_key_file(key)) == ""
+    key.chmod(0o640)
+    assert "0640" in found(doctor.check_key_file(key))
+
+
+def test_a_certificate_that_ends_soon_and_a_front_that_is_down_are_found(tmp_path):
+    home, files = Home(tmp_path), {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    command = certificate.TRIAL.replace("-days 365", "-days 9").format(names="IP:127.0.0.1", **files)
+    subprocess.run(command.split(), check=True, capture_output=True)
+    listen = {"host": "127.0.0.1", "certificate": files["certificate"], "private_key": files["key"]}
+    config = parse_config({**load_config().model_dump(), "listen": listen}, "test")
+    home.cluster.mkdir()
+    (home.cluster / "config.json").write_text(config.model_dump_json())
+    running = session.Session(
+        root=str(tmp_path),
+        state="running",
+        managed=True,
+        has_autoscaler=True,
+        address="",
+        dashboard_url="",
+        serve_url="",
+        token_path="",
+        started_s=0.0,
+        public_host="127.0.0.1",
+    )
+    said = found(doctor.check_front(running))
+    assert "certificate expires at" in said and "does not run" in said
+    os.chmod(files["key"], 0o644)
+    assert "chmod 600" in found(doctor.check_front(running))
 
 
 def test_a_taken_port_is_found_with_its_holder():
