@@ -47,6 +47,16 @@ def traces_of_serve() -> Any:
     return Traces(trace.get_tracer("raymill"))
 
 
+def gauges_of_serve() -> Any:
+    """Makes a gauge that carries Serve's labels of this replica; None: it is none of Serve's."""
+    serve = sys.modules.get("ray.serve.context")
+    if serve is None or serve._get_internal_replica_context() is None:
+        return None
+    from ray.serve.metrics import Gauge
+
+    return lambda name, description, labels: Gauge(name, description, labels)
+
+
 def observe(model: str, segment: str, rows: pa.Table) -> bool:
     """Show a segment to the model's monitor; False: it has none (a model served alone, a pipeline set up anew)."""
     try:
