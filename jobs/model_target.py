@@ -16,7 +16,7 @@ import numpy as np
 from raymill.actors import envelope, model_files
 from raymill.actors.envelope import Envelope
 from raymill.actors.model_files import Loaded
-from raymill.runtime.errors import ModelError, SpecError
+from raymill.runtime.errors import ModelError, Usage
 
 _CODE = re.compile(r"(?P<module>[\w./-]+?)(\.py)?:(?P<name>[A-Za-z_]\w*)")
 _PICKLED = b"PK"
@@ -57,7 +57,7 @@ def read_target(text: str, wish: Wish) -> Target:
     """The model, loaded once and asked for a row.
 
     Raises:
-        SpecError: there is no such file or code, it is no model that can be served, or its inputs are not known.
+        Usage: there is no such file or code, it is no model that can be served, or its inputs are not known.
     """
     path = Path(text)
     data = _read(path, wish) if path.exists() else _code(text, wish)
@@ -66,13 +66,13 @@ def read_target(text: str, wish: Wish) -> Target:
         inputs = _inputs(loaded, wish.features, text)
         loaded.run(np.zeros((2, len(inputs)), np.float32))
     except ModelError as err:
-        raise SpecError(f"{text}: {err.message}") from err
+        raise Usage(f"{text}: {err.message}") from err
     return Target(name=_name(wish.name, text), kind=str(loaded.kind), data=data, inputs=inputs)
 
 
 def _read(path: Path, wish: Wish) -> bytes:
     if wish.weights or wish.compiled:
-        raise SpecError(f"{path} is a file: --weights and --compile are for a net that is named by module:Net")
+        raise Usage(f"{path} is a file: --weights and --compile are for a net that is named by module:Net")
     data = _bytes(path)
     return envelope.pack(Envelope(form="skops", trusted=wish.trust, payload=data)) if wish.trust else data
 
@@ -81,19 +81,19 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as err:
-        raise SpecError(f"{path} can not be read ({err.strerror}): name a model file") from err
+        raise Usage(f"{path} can not be read ({err.strerror}): name a model file") from err
 
 
 def _code(text: str, wish: Wish) -> bytes:
     said = _CODE.fullmatch(text)
     if said is None:
-        raise SpecError(f"there is no file {text!r}, and it is no module:function either: check the path")
+        raise Usage(f"there is no file {text!r}, and it is no module:function either: check the path")
     module, source = said["module"], ""
     file = Path(f"{module}.py")
     if file.is_file():
         module, source = file.stem, _bytes(file).decode(errors="replace")
     elif not _is_installed(module):
-        raise SpecError(
+        raise Usage(
             f"there is no module {module!r} for {sys.executable}, and no file {file} here: install it, or put it on "
             "PYTHONPATH"
         )
@@ -125,7 +125,7 @@ def _weights(path: Path) -> bytes:
         state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         return save({name: tensor.contiguous() for name, tensor in state.items()})
     except (pickle.UnpicklingError, RuntimeError, AttributeError, ValueError) as err:
-        raise SpecError(
+        raise Usage(
             f"{path} holds more than a net's weights ({' '.join(str(err).split())[:200]}): save `net.state_dict()`, "
             "best by `safetensors.torch.save_file`"
         ) from err
@@ -135,13 +135,13 @@ def _inputs(loaded: Loaded, features: str | None, text: str) -> tuple[str, ...]:
     """Names of the inputs: those given, else those of the file, else f0, f1 and so on."""
     if features is None:
         if loaded.columns is None:
-            raise SpecError(f"{text} does not say how many inputs it takes: give --features 12, or --features a,b,c")
+            raise Usage(f"{text} does not say how many inputs it takes: give --features 12, or --features a,b,c")
         return loaded.names or _numbered(loaded.columns)
     count = int(features) if features.isascii() and features.isdigit() else None
     named = tuple(n.strip() for n in features.split(",")) if count is None else ()
     count = len(named) if count is None else count
     if not count or count != (loaded.columns or count):
-        raise SpecError(f"--features says {count} inputs, and {text} takes {loaded.columns or 'at least one'}")
+        raise Usage(f"--features says {count} inputs, and {text} takes {loaded.columns or 'at least one'}")
     return named or loaded.names or _numbered(count)
 
 
@@ -152,5 +152,5 @@ def _numbered(count: int) -> tuple[str, ...]:
 def _name(wanted: str | None, text: str) -> str:
     name = wanted or re.sub(r"[^A-Za-z0-9_-]+", "-", text.rpartition(":")[2] if ":" in text else Path(text).stem)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        raise SpecError(f"{name!r} is no name for a model: give one of letters, digits, - and _ by --name")
+        raise Usage(f"{name!r} is no name for a model: give one of letters, digits, - and _ by --name")
     return name

@@ -14,7 +14,7 @@ from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.named_inputs import spec_alone
 from raymill.actors.rollout import ModelSpec
 from raymill.jobs.model_target import Target
-from raymill.runtime.errors import Conflict, ModelError, SpecError
+from raymill.runtime.errors import Conflict, ModelError, Usage
 from raymill.runtime.messages import ModelVersion, Stage
 
 _BY = "raymill serve"
@@ -27,7 +27,7 @@ def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placemen
     with `promote`.
 
     Raises:
-        SpecError: its inputs are not those of the versions that are served.
+        Usage: its inputs are not those of the versions that are served.
         Conflict: the name is a pipeline's, or the version was taken out before.
         ModelError: the replicas can not load it; what was served goes on.
     """
@@ -88,7 +88,7 @@ def _check_fits(target: Target, served: ModelSpec | None, versions: Sequence[Mod
     if (served is not None and served.plan is not None) or any(v.manifest is not None for v in versions):
         raise Conflict(f"{target.name!r} is the model of a pipeline: give this one another name by --name")
     if served is not None and served.inputs != target.inputs:
-        raise SpecError(
+        raise Usage(
             f"the versions of {target.name!r} that are served take {len(served.inputs)} inputs "
             f"({', '.join(served.inputs[:5])}, …), this one {len(target.inputs)} ({', '.join(target.inputs[:5])}, …): "
             "give it another name by --name, or the same names by --features"

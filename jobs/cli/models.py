@@ -19,13 +19,16 @@ def models(
         found = readings.models({"model": model} if model else {})
 
     def human() -> None:
-        rows = [
-            [v["model"], v["version"], v["kind"], v["stage"], f"{v['metrics'].get('auc', float('nan')):.3f}", _why(v)]
-            for v in found
-        ]
+        rows = [[v["model"], v["version"], v["kind"], v["stage"], _auc(v), _why(v)] for v in found]
         table("models", ["model", "version", "kind", "stage", "AUC", "since"], rows)
 
     emit(found, as_json, human)
+
+
+def _auc(version: dict[str, Any]) -> str:
+    """Of a version that was not trained here nobody measured it."""
+    auc = version["metrics"].get("auc")
+    return "" if auc is None else f"{auc:.3f}"
 
 
 def _why(version: dict[str, Any]) -> str:
