@@ -184,7 +184,7 @@ class FeatureActor:
                 "at": pa.array(at).cast(pa.timestamp("us", "UTC")),
                 **_columns(x),
                 "y": pa.array(y.astype(np.float32)),
-                **{c: with_bytes(rows[c].combine_chunks(), c) for c in media},
+                **{c: with_bytes(rows[c].combine_chunks(), c, self._pipeline.label.source.schema[c]) for c in media},
             }
         )
         manifest = self._manifest(versions, (start_at, end_at, known_until), len(rows), left_out)

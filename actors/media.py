@@ -5,14 +5,16 @@ a pinned version stands for the same bytes for ever. Types are told by their fir
 
 Reasons for which a value is refused: `media_type:<column>` (the bytes are of another type than the column or the value
 itself declares), `checksum:<column>` (the bytes are not those of the sha256 given, or a URL has none),
-`size:<column>` (more bytes than `max_bytes`).
+`size:<column>` (more bytes than `max_bytes`), `url:<column>` (it lies in none of the folders in `urls`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +99,17 @@ def checked(values: pa.Array, name: str, declared: Col) -> tuple[pa.Array, np.nd
     return pa.StructArray.from_arrays([*kept, *told], fields=list(MEDIA), mask=values.is_null()), reasons
 
 
+def lies_in(url: str, places: Sequence[str]) -> bool:
+    """Whether a URL or path names something in one of the folders that are declared, and not by a way round."""
+    url = url.removeprefix("file://")
+    return ".." not in unquote(url).replace("\\", "/").split("/") and any(
+        url.startswith(place) and len(url) > len(place) for place in places
+    )
+
+
 def _fault_of_url(row: dict[str, Any], declared: Col) -> str:
+    if not lies_in(row["url"], declared.urls):
+        return "url"
     if row["media_type"] not in (declared.media_types or ()):
         return "media_type"
     return "" if row["sha256"] and _SHA256.match(row["sha256"]) else "checksum"

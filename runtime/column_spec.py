@@ -22,6 +22,7 @@ MEDIA_TYPES = (
 )
 """Media types that are told by their bytes; `text/…` beside them."""
 
+_PLACE = re.compile(r"^((https?|s3|gs|gcs|abfss?|az)://[^/?#@\\\s]+)?/([^?#\\\s]*/)?$")
 _REFERENCE = re.compile(r"^[a-z][a-z0-9_-]*\.\w+$")
 
 
@@ -47,6 +48,9 @@ class Col:
     """What a column of media may hold, e.g. `("image/png", "image/jpeg")`; held against the bytes themselves."""
     max_bytes: Annotated[int, Field(ge=1)] = 16 << 20
     """Largest value of a column of media."""
+    urls: tuple[str, ...] = ()
+    """Where values of a column of media may lie that come as URLs: folders, such as `https://host/photos/`,
+    `s3://bucket/` or `/data/photos/`; absent: none is taken, and nothing is fetched."""
 
     @model_validator(mode="after")
     def _rules_fit_the_type(self) -> Col:
@@ -57,6 +61,13 @@ class Col:
             raise ValueError(f"one_of is for strings, not for {self.dtype}")
         if (self.dtype == "media") != (self.media_types is not None):
             raise ValueError("a column of media needs media_types, and no other column has them")
+        if self.urls and self.dtype != "media":
+            raise ValueError(f"urls are for media, not for {self.dtype}")
+        for place in self.urls:
+            if not _PLACE.match(place):
+                raise ValueError(
+                    f"urls={place!r}: write a folder, e.g. 'https://host/photos/', 's3://bucket/', '/data/'"
+                )
         strange = [m for m in self.media_types or () if m not in MEDIA_TYPES and not m.startswith("text/")]
         if strange:
             raise ValueError(f"media types {strange} can not be told by their bytes: known are {MEDIA_TYPES}, text/…")

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tempfile
 import wave
 
 import numpy as np
@@ -54,7 +55,13 @@ def pixels(media: pa.Table) -> np.ndarray:
     return np.stack(rows)
 
 
-PHOTO = Col("media", nullable=True, media_types=("image/png", "image/jpeg"), max_bytes=4096)
+PHOTO = Col(
+    "media",
+    nullable=True,
+    media_types=("image/png", "image/jpeg"),
+    max_bytes=4096,
+    urls=("s3://b/", f"{tempfile.gettempdir()}/"),
+)
 SHOTS = Source(
     "shots",
     key=["shot"],
@@ -141,10 +148,12 @@ def test_any_plain_text_is_text(text):
         ({"bytes": None, "url": "s3://b/p.png", "media_type": "image/png", "sha256": None}, "checksum:photo"),
         ({"bytes": None, "url": "s3://b/p.png", "media_type": "image/png", "sha256": "abc"}, "checksum:photo"),
         ({"bytes": None, "url": "s3://b/p.png", "media_type": None, "sha256": sha(b"p")}, "media_type:photo"),
+        ({"bytes": None, "url": "s3://c/p.png", "media_type": "image/png", "sha256": sha(b"p")}, "url:photo"),
+        ({"bytes": None, "url": "s3://b/../c/p.png", "media_type": "image/png", "sha256": sha(b"p")}, "url:photo"),
         (None, ""),
         ({"bytes": None, "url": None}, ""),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_a_value_is_taken_or_refused_with_the_reason(value, reason):
     checked = check(shots(value), SHOTS)
@@ -252,6 +261,8 @@ def test_what_media_are_not_for_is_refused_where_it_is_written():
         ({"dtype": "string", "media_types": ("image/png",)}, "media_types"),
         ({"dtype": "media", "media_types": ("image/heic",)}, "heic"),
         ({"dtype": "media", "media_types": ("image/png",), "references": "a.b"}, "refer"),
+        ({"dtype": "media", "media_types": ("image/png",), "urls": ("https://host",)}, "folder"),
+        ({"dtype": "string", "urls": ("https://host/",)}, "media"),
     ]:
         with pytest.raises(ValidationError, match=told):
             Col(**wrong)
