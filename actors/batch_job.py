@@ -162,8 +162,9 @@ def _manifest(plan: BatchPlan, done: list[Done]) -> str:
 
 def _done(plan: BatchPlan, home: Home, workers: int) -> Iterator[Done]:
     """The pieces, each when it is done."""
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells plan and progress, and of errors the traces
     context = ray.data.DataContext.get_current().copy()
+    # After its import, which sets the level: it tells plan and progress, and of errors the traces.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     workers = min(workers, len(plan.pieces))
