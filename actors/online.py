@@ -17,7 +17,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ from raymill.runtime.expressions import duration_us
 from raymill.runtime.stores import Divided, Online
 
 __all__ = ["KEEP", "OnlineReader", "OnlineStore", "entity_key"]
+
+Pieces = Callable[[], Iterable[pa.Table]]
+"""Rows, piece by piece, so that not all of them are in memory at once."""
 
 KEEP = "3d"
 """How far behind the newest event a moment may lie that is still answered (late requests, retries, a replayed day)."""
@@ -111,13 +114,12 @@ class OnlineStore:
         history = History.of(rows, self._plan.sources[source])
         self._write(lambda txn: self._ingest(txn, source, rows, history, lake_version, whole))
 
-    def replace(
-        self, tables: Mapping[str, pa.Table], versions: Mapping[str, int], *, horizon: int | None = None
-    ) -> None:
+    def replace(self, pieces: Mapping[str, Pieces], versions: Mapping[str, int], *, horizon: int | None = None) -> None:
         """Throw the plan's views away and fill them from the lake, in one transaction.
 
         Args:
-            tables: source → rows of the lake table, with a horizon those with earlier event times.
+            pieces: source → what gives the rows of the lake table piece by piece, as often as it is called; with a
+                horizon those with earlier event times.
             versions: source → version of the lake table.
             horizon: where a replay begins, µs: later rows may be in the lake and are still to come. Absent: no replay.
         """
@@ -126,9 +128,11 @@ class OnlineStore:
             _put_horizon(txn, horizon)
             for view in self._plan.kept_views:
                 self._clear(txn, view)
-            for source, rows in tables.items():
-                history = History.of(rows, self._plan.sources[source])
-                self._ingest(txn, source, rows, history, versions[source] if horizon is None else None, True)
+            for source, given in pieces.items():
+                for rows in given():
+                    self._ingest(txn, source, rows, History.of(rows, self._plan.sources[source]), None, False)
+                if horizon is None:
+                    self._settle(txn, source, versions[source])
 
         self._write(fill)
 
@@ -223,6 +227,13 @@ class OnlineStore:
                 else:
                     txn.put(newest_key(view, key), record)
         return dropped
+
+    def _settle(self, txn: Any, source: str, lake_version: int) -> None:
+        """All rows of that version are in."""
+        for view in self._plan.kept_views:
+            if view.source.name == source:
+                before = progress_of(txn, view) or Progress()
+                txn.put(progress_key(view), replace(before, lake_version=lake_version).to_bytes())
 
     def _clear(self, txn: Any, view: ViewPlan) -> None:
         for prefix in (record_key(view, b""), newest_key(view, b""), text_key(view, b"")):

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from raymill.actors.contract import arrow_schema
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.online import KEEP, OnlineStore
@@ -32,6 +35,9 @@ from raymill.runtime.stores import places_of
 IN_FLIGHT = 4
 """Batches that are taken in at once: one is written, the others are being read."""
 
+PIECE_ROWS = 131_072
+"""Rows that are read from the lake and taken in at once."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -42,7 +48,7 @@ class OnlineIntake:
         """Of a store that is divided by entities it writes the share of that number."""
         places = places_of(Home(Path(home)), pipeline.stores)
         self._told = f"online features of {pipeline.name!r}, share {share_no} of {pipeline.stores.online_shards}"
-        self._pipeline = pipeline
+        self._sources = {s.name: s for s in pipeline.sources}
         self._lake = Lake(places.lake)
         self._plan = FeaturePlan.of(pipeline)
         self._keep_us = duration_us(keep)
@@ -52,7 +58,7 @@ class OnlineIntake:
     def start(self) -> None:
         """Bring the store to the lake's present versions; in a replay only to where the replay is."""
         warm()
-        for declared in self._pipeline.sources:  # the data actor does so too, and may come later
+        for declared in self._sources.values():  # the data actor does so too, and may come later
             self._lake.migrate(declared)
         horizon = self._store.horizon()
         for source in self._plan.sources:
@@ -84,8 +90,8 @@ class OnlineIntake:
 
     def rebuild(self, versions: dict[str, int], until: int | None) -> None:
         """Throw its views away and fill them from these versions of the lake, as `FeatureActor.rebuild` does."""
-        tables = {s: self._read(s, v, end_at=until) for s, v in versions.items()}
-        self._store.replace(tables, versions, horizon=until)
+        pieces = {s: partial(self._pieces, s, v, until) for s, v in versions.items()}
+        self._store.replace(pieces, versions, horizon=until)
 
     def replay_to(self, until: int) -> bool:
         """Move the replay on to `until`, µs UTC; False: the store must be filled anew, as of then, instead."""
@@ -105,14 +111,30 @@ class OnlineIntake:
 
     def _catch_up(self, source: str, version: int, horizon: int | None) -> None:
         since = self._store.lake_version(source) if horizon is None else -1
-        rows = self._read(source, version, end_at=horizon, since=since if since >= 0 else None)
+        if since >= 0:
+            rows = self._lake.read(
+                source, version=version, columns=list(self._plan.source_columns(source)), since=since
+            )
+        else:
+            for rows in self._pieces(source, version, horizon):
+                self._store.ingest(source, rows)
+            rows = arrow_schema(self._sources[source]).empty_table()
         self._store.ingest(source, rows, lake_version=version if horizon is None else None, whole=True)
 
-    def _read(self, source: str, version: int, *, end_at: int | None, since: int | None = None) -> pa.Table:
-        """What the views need of a source's rows with event time before `end_at`; at least those after `since`."""
-        where = None if end_at is None else [(self._plan.sources[source].time, "<", moment(end_at))]
-        columns = list(self._plan.source_columns(source))
-        return self._lake.read(source, version=version, columns=columns, where=where, since=since)
+    def _pieces(self, source: str, version: int, end_at: int | None) -> Iterator[pa.Table]:
+        """What the views need of a source's rows with event time before `end_at`."""
+        time, columns = self._plan.sources[source].time, list(self._plan.source_columns(source))
+        parts = self._lake.parts(source, version=version, by=time)
+        for block in parts.blocks():
+            least = parts.extremes(block, time)
+            if end_at is not None and least is not None and least[0] >= end_at:
+                continue
+            rows = parts.read(block, columns)
+            if end_at is not None:
+                rows = rows.filter(pc.less(rows[time], pa.scalar(moment(end_at))))
+            for first in range(0, rows.num_rows, PIECE_ROWS):
+                yield rows.slice(first, PIECE_ROWS)
+            parts.release()
 
 
 class OnlineShards:

@@ -105,7 +105,7 @@ def test_looked_up_entities_come_from_redis_and_filling_anew_keeps_them_and_ever
     aged = FeaturePlan.of_views([replace(lookups.VIEWS[0], max_age="1d")], lookups.ASKS)
     other = OnlineStore(url, aged, keep="1h")  # another version of the definition, in the same place
     other.ingest("spending", tables["spending"], lake_version=0)
-    store.replace(tables, {"orders": 4, "spending": 5})
+    store.replace({n: lambda t=t: [t] for n, t in tables.items()}, {"orders": 4, "spending": 5})
     assert other.lake_version("spending") == 0
     assert ask.vectors(row, at).tobytes() == offline.tobytes()
     assert (store.lake_version("orders"), store.lake_version("spending")) == (4, 5)
@@ -118,7 +118,7 @@ def test_rebuilding_drops_what_was_and_versions_and_horizon_are_kept(url: str) -
         ask.latest("stop", [0], 0)
     store.ingest("rides", table(facts), lake_version=0)
     assert store.lake_version("rides") == 0
-    store.replace({"rides": table(facts[:50])}, {"rides": 3}, horizon=7)
+    store.replace({"rides": lambda: [table(facts[:20]), table(facts[20:50])]}, {"rides": 3}, horizon=7)
     assert store.horizon() == facts[49]["left"] + 1
     asked, at = table(facts[:50]), np.full(50, facts[-1]["left"])
     offline = join(asked, PLAN, {"rides": table(facts[:50])}, at=at)

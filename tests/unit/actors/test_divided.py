@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raymill.actors import online_intake
 from raymill.actors.divided import share_of
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.features import FeatureActor
@@ -119,7 +120,10 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.actor.stop()
 
 
-def test_features_of_a_divided_store_come_from_the_lake_again_whatever_each_share_missed(bench: Bench) -> None:
+def test_features_of_a_divided_store_come_from_the_lake_again_whatever_each_share_missed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online_intake, "PIECE_ROWS", 7)  # whatever the size of the pieces, too
     bench.arrive("trips", trips(0, 30), "one")
     bench.arrive("trips", trips(30, 10), "two", seen=False)
     late = bench.actor._own[1]

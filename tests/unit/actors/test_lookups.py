@@ -146,7 +146,7 @@ def test_rebuilt_store_keeps_what_it_looks_up_and_a_row_without_the_column_is_na
     plan = FeaturePlan.of_views(VIEWS[:1], ASKS)
     store = OnlineStore(tmp_path, plan, keep="1h")
     store.ingest("orders", tables["orders"])
-    store.replace(tables, {"orders": 0, "spending": 0})
+    store.replace({n: lambda t=t: [t] for n, t in tables.items()}, {"orders": 0, "spending": 0})
     reader = OnlineReader(tmp_path, plan)
     row = table(ASKS, [{"id": "q", "at": 2, "order": 1}])
     assert reader.vectors(row, np.array([2])).tolist() == [[2.0, 2.0, 1.0]]

@@ -238,7 +238,7 @@ def test_lake_version_follows_only_when_no_version_was_missed(store: OnlineStore
     assert store.lake_version("rides") == 1
     store.ingest("rides", batch, lake_version=3, whole=True)
     assert store.lake_version("rides") == 3
-    store.replace({"rides": batch}, {"rides": 4})
+    store.replace({"rides": lambda: [batch.slice(0, 3), batch.slice(3)]}, {"rides": 4})
     assert store.lake_version("rides") == 4
 
 
