@@ -146,6 +146,11 @@ class Reporter:
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no actor to tell."""
+        return self._control is None
+
     def start(self) -> None:
         """Find the actor, or bring it up; begin to tell."""
         if self._control is None or self._thread is not None:

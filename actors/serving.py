@@ -47,7 +47,7 @@ from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
-from raymill.actors.rollout import ModelSpec
+from raymill.actors.rollout import ModelSpec, from_user_config
 from raymill.actors.rollout_watch import Reporter
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy
@@ -102,6 +102,7 @@ class ServingReplica:
         )
         self._readings = Readings(self._records, self._lakes)
         self._reporter = Reporter(self._home, control, self.name, self._report)
+        self._changing, self._changes = asyncio.Lock(), set[asyncio.Task[None]]()
         self._lanes: dict[str, Lane] = {}
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -141,15 +142,32 @@ class ServingReplica:
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Bring models and versions to `config`, beside the running traffic; what can not be loaded is told.
 
+        Serve hides a replica from the proxy while this runs. So a change of a running replica goes on after it has
+        returned: the replica's report says when it is done, and that is what a deploy waits for.
+
         Raises:
             SpecError: the value is not what `rollout.to_user_config` writes.
         """
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._reporter.start)
-        await loop.run_in_executor(None, self._models.apply, config)
-        self._reporter.now()
-        for name, model in self._models.models.items():
-            self._lane(name, model.spec)
+        from_user_config(config)
+        await asyncio.get_running_loop().run_in_executor(None, self._reporter.start)
+        change = asyncio.get_running_loop().create_task(self._apply(config))
+        if not self._models.generation or self._reporter.is_alone:
+            await change
+        else:
+            self._changes.add(change)
+            change.add_done_callback(self._changed)
+
+    def _changed(self, change: asyncio.Task[None]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled() and (err := change.exception()) is not None:
+            _log.error("a change of the models was not applied, and is not acknowledged", exc_info=err)
+
+    async def _apply(self, config: Mapping[str, Any]) -> None:
+        async with self._changing:
+            await asyncio.get_running_loop().run_in_executor(None, self._models.apply, config)
+            for name, model in self._models.models.items():
+                self._lane(name, model.spec)
+            self._reporter.now()
 
     async def handle_http(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """The ASGI application."""

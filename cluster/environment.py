@@ -28,6 +28,11 @@ MARKET_LABEL = "raymill.io/market"
 DRAIN_S = 2
 """How long Serve keeps a leaving replica or proxy for the requests it has; its own default is 30."""
 
+PROXY_BUFFER_BYTES = 65536
+"""The proxy's buffer: a request that fits it whole is sent to another replica when its own is killed."""
+RETRIED_BODY_BYTES = 48 * 1024
+"""Body of a request that fits, whatever headers it has: 16 KiB are left for those and for the proxy's own use."""
+
 _FOREIGN = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -114,6 +119,9 @@ def serve_environment(ports: Ports) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # it parses one log line a request, in Python
         "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # a killed replica costs no request
+        # Serve hides a replica from the proxy while its user_config changes: so long, and the proxy does not see it.
+        "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "0.5",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(PROXY_BUFFER_BYTES),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "15",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),

@@ -1,0 +1,134 @@
+"""Claim: a version, new code or a death of a replica costs no request and little time.
+
+Open loop: requests of one row leave at a constant rate, each answer is held against its own row and version
+(`open_loop`); nobody retries but the proxy. An event is brought about again and again until 10,000 requests were due
+meanwhile; `seconds` is the median of how long one took until every replica had acknowledged it (`code_update`: until
+the old replica was gone; `replica_sigkill`: one of two, until two ran again; `bad_version`: from its canary's begin
+until the registry had refused it by itself), `p99_ratio` is the p99 of that whole time over that of the quiet seconds
+before. `failed` counts what was not answered rightly in either. `acknowledged_s`: a promotion, by replicas.
+`--quick`: 2,000 requests each.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.harness import Outcome
+from benchmarks.rollout_session import MODEL, Event, Session, kill, session, watched
+from raymill.actors.endpoint import Placement
+from raymill.runtime.errors import ModelError
+from raymill.runtime.messages import Stage
+
+RATE = 250.0
+"""Requests a second: far below what the replica can, so that the proxy and the event are what is seen."""
+STEPS = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Weights of a canary on its way from nothing to all."""
+
+
+def promote(s: Session, number: int) -> float:
+    """Version 2 for 1, then 1 for 2."""
+    begun = time.monotonic()
+    s.records.promote(MODEL, 2 - number % 2, reason="benchmark")
+    s.endpoint.follow(s.records, MODEL)
+    return time.monotonic() - begun
+
+
+def canary(s: Session, _: int) -> float:
+    """Version 2 from nothing to all of the traffic, in steps; back again afterwards."""
+    begun = time.monotonic()
+    for weight in STEPS:
+        s.endpoint.set_models([s.model(v1=1 - weight, v2=weight)])
+        time.sleep(0.2)
+    s.endpoint.set_models([s.model(v2=1.0)])
+    took = time.monotonic() - begun - 0.2 * len(STEPS)
+    time.sleep(0.3)
+    s.endpoint.set_models([s.model(v1=1.0)])
+    return took
+
+
+def rollback(s: Session, number: int) -> float:
+    """Back from version 2, which was promoted a moment before."""
+    if number % 2 == 0:
+        s.records.promote(MODEL, 2, reason="benchmark")
+        s.endpoint.follow(s.records, MODEL)
+        return float("nan")
+    begun = time.monotonic()
+    s.records.rollback(MODEL, reason="benchmark")
+    s.endpoint.follow(s.records, MODEL)
+    return time.monotonic() - begun
+
+
+def code_update(s: Session, number: int) -> float:
+    """New code: another environment is another replica."""
+    before = {r.pid for r in s.endpoint.replicas()}
+    begun = time.monotonic()
+    s.endpoint.deploy([s.present()], Placement(env={"CODE": str(number)}))
+    s.wait_for_replicas(1, without=before)
+    return time.monotonic() - begun
+
+
+def replica_sigkill(s: Session, _: int) -> float:
+    """One of two."""
+    pid = s.endpoint.replicas()[0].pid
+    begun = time.monotonic()
+    kill(pid)
+    s.wait_for_replicas(2, without={pid})
+    return time.monotonic() - begun
+
+
+def bad_version(s: Session, number: int) -> float:
+    """First one whose file is damaged, which is refused; then one that raises, which is taken out."""
+    if number:
+        try:
+            s.endpoint.set_models([s.model(v1=0.8, v3=0.2)])
+        except ModelError:
+            return float("nan")
+        raise RuntimeError("a damaged version was taken")
+    begun = time.monotonic()
+    s.records.start_canary(MODEL, 4, reason="benchmark")
+    s.endpoint.follow(s.records, MODEL)
+    while s.records.get(MODEL, 4).stage is not Stage.REJECTED:
+        time.sleep(0.05)
+    while [r.version for r in s.endpoint.models()[0].routes] != [1]:
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def acknowledged(s: Session) -> float:
+    """Seconds of a promotion until each replica has it, the median of ten."""
+    took = [promote(s, n) for n in range(10)]
+    return float(np.median(took))
+
+
+def body(quick: bool) -> Outcome:
+    """Measure."""
+    how: dict[str, Any] = {"rate": RATE, "requests": 2_000 if quick else 10_000, "quiet_s": 4.0 if quick else 20.0}
+    events: list[Event] = []
+    facts: dict[str, float] = {}
+    with session() as s:
+        load = s.load(RATE)
+        time.sleep(3)  # connections, the batch's pace
+        for act in (promote, canary, rollback, code_update, bad_version):
+            events.append(watched(act.__name__, lambda n, act=act: act(s, n), **how))
+            s.records.promote(MODEL, 1, reason="benchmark")
+            s.endpoint.follow(s.records, MODEL)
+        facts["replicas_1"] = acknowledged(s)
+        s.endpoint.deploy([s.present()], Placement(replicas=2))
+        s.wait_for_replicas(2)
+        events.append(watched("replica_sigkill", lambda n: replica_sigkill(s, n), **how))
+        s.endpoint.deploy([s.present()], Placement(replicas=3))
+        s.wait_for_replicas(3)
+        facts["replicas_3"] = acknowledged(s)
+        sent = load.stop()
+    outcome = Outcome({e.name: e.outcome(sent) for e in events} | {"acknowledged_s": facts})
+    outcome.repetitions = 1
+    outcome.notes = {"rate": RATE, "requests": len(sent), "failed": dict(sent.failures), "bars": {"p99_ratio": 3}}
+    return outcome
+
+
+if __name__ == "__main__":
+    harness.main("rollout", body)

@@ -1,0 +1,246 @@
+"""What the rollout benchmarks stand on: a session with the model `bench`, load on it, and the windows of an event.
+
+The session is Ray, registry and Serve in processes of their own, set up as `raymill up` does. Versions 1 and 2 are
+XGBoost models of 50 trees; 3 is a damaged file; 4 loads, answers its trial, and raises on every row that is sent.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import peer_environment, progress
+from benchmarks.open_loop import OpenLoop, Sent
+from benchmarks.serving import TOKEN, process
+from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.rollout import ModelSpec, Role, Route, reroute
+from raymill.actors.surroundings import load_program
+from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
+from raymill.cluster.ports import choose
+from raymill.runtime.home import Home
+from raymill.runtime.messages import ModelVersion, Stage
+
+MODEL = "bench"
+WIDTH = 10
+ROWS = 64
+_LOUD = 1000.0
+"""First input of every row that is sent: by it version 4 tells them from its trial."""
+
+
+@dataclass
+class Session:
+    """A cluster that serves version 1."""
+
+    endpoint: Endpoint
+    records: Any
+    """The actor `records`, in the host's process."""
+    folder: Path
+    x: np.ndarray
+    """Inputs that are sent, [rows, n] float32."""
+    expected: dict[int, np.ndarray]
+    """Version → its answers to them."""
+    spec: ModelSpec
+
+    def load(self, rate: float) -> OpenLoop:
+        """So many requests a second from now on, until it is stopped."""
+        load = OpenLoop(self.endpoint.url, MODEL, self.x, self.expected, rate)
+        load.start(self.folder / f"load{time.monotonic_ns()}")
+        return load
+
+    def model(self, **weights: float) -> ModelSpec:
+        """The model with weights of its versions (`v1=0.9, v2=0.1`); the first is the live one."""
+        routes = [
+            replace(self.spec.routes[int(name[1:]) - 1], weight=w, role=Role.LIVE if i == 0 else Role.CANARY)
+            for i, (name, w) in enumerate(weights.items())
+        ]
+        return replace(self.spec, routes=tuple(routes))
+
+    def present(self) -> ModelSpec:
+        """The model as the registry has it."""
+        return reroute(replace(self.spec, routes=()), self.records.versions(MODEL))
+
+    def wait_for_replicas(self, count: int, *, without: set[int | None] = frozenset(), seconds: float = 120) -> None:
+        """Until exactly so many run, none of these processes among them, and no other is left."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = self.endpoint.replicas()
+            pids = {r.pid for r in found if r.state == "RUNNING"}
+            if len(found) == len(pids) == count and not pids & without:
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{count} replicas do not run after {seconds:.0f} s: {found}")
+
+
+@dataclass
+class Event:
+    """When something was done under load, and how long each time took."""
+
+    name: str
+    quiet: tuple[float, float] = (0.0, 0.0)
+    """The window before."""
+    during: tuple[float, float] = (0.0, 0.0)
+    """The window in which it was done, again and again."""
+    seconds: list[float] = field(default_factory=list)
+
+    def outcome(self, sent: Sent) -> dict[str, float]:
+        """The fields of design.md."""
+        before, during = sent.between(*self.quiet), sent.between(*self.during)
+        for reason, count in (during.failures + before.failures).items():
+            progress(f"{self.name}: {count} failed: {reason}")
+        return {
+            "requests": len(during),
+            "failed": sum(during.failures.values()) + sum(before.failures.values()),
+            "seconds": float(np.median(self.seconds)),
+            "p99_ratio": during.quantile_s(0.99) / before.quantile_s(0.99),
+            "p99_ms": during.quantile_s(0.99) * 1e3,
+            "p99_before_ms": before.quantile_s(0.99) * 1e3,
+            "longest_ms": during.quantile_s(1.0) * 1e3,
+            "times": len(self.seconds),
+        }
+
+
+def watched(name: str, act: Callable[[int], float], *, rate: float, requests: int, quiet_s: float) -> Event:
+    """Do something again and again until so many requests were due meanwhile.
+
+    `act` gets how often it was done before; it gives the seconds that it took, or NaN for what only prepares the next.
+    """
+    event = Event(name)
+    begun = time.monotonic()
+    time.sleep(quiet_s)
+    event.quiet = (begun, time.monotonic())
+    begun, number = time.monotonic(), 0
+    while time.monotonic() - begun < requests / rate or not event.seconds:
+        took = act(number)
+        event.seconds += [took] if took == took else []
+        number += 1
+        time.sleep(0.3)
+    event.during = (begun, time.monotonic())
+    progress(f"{name}: {len(event.seconds)} times, {np.median(event.seconds):.2f} s each")
+    return event
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """A session of its own, gone afterwards."""
+    root = Path(tempfile.mkdtemp(prefix="rmb"))  # short: HAProxy's socket paths end at 107 characters
+    ports, home = choose("auto"), Home(root / "home")
+    environment = {
+        **peer_environment(HOME=str(root), PYTHONPATH=str(Path(__file__).parents[1])),
+        **serve_environment(ports),
+        **haproxy_files(root),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(root / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    (root / "token").write_text(TOKEN)
+    files = _models(root)
+    x, expected = _inputs(files[:2])
+    host = Path(__file__).with_name("serving_host.py")
+    command = [sys.executable, str(host), str(home.root), str(ports.dashboard), *map(str, files)]
+    try:
+        with process(command, environment, root) as started:
+            assert started.stdout is not None
+            digests = json.loads(started.stdout.readline())["digests"]
+            records = _Records(started)
+            endpoint = Endpoint(
+                f"http://127.0.0.1:{ports.dashboard}",
+                home,
+                url=f"http://127.0.0.1:{ports.serve}",
+                serve_options=serve_options(ports),
+                headers=lambda: {"Authorization": f"Bearer {TOKEN}"},
+            )
+            routes = [Route(version=v, digest=d, role=Role.LIVE) for v, d in enumerate(digests, start=1)]
+            inputs = tuple(f"f{i}" for i in range(WIDTH))
+            spec = ModelSpec(name=MODEL, label="p", inputs=inputs, routes=tuple(routes))
+            found = Session(endpoint, records, root, x, expected, spec)
+            records.promote(MODEL, 1, reason="benchmark")
+            endpoint.deploy([found.present()], Placement())
+            yield found
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+class _Records:
+    def __init__(self, host: Any) -> None:
+        self._host = host
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._host.stdin.write(json.dumps([method, arguments, named]) + "\n")
+            self._host.stdin.flush()
+            answer = json.loads(self._host.stdout.readline())
+            return [_version(v) for v in answer] if isinstance(answer, list) else _version(answer)
+
+        return call
+
+
+def _version(told: dict[str, Any]) -> ModelVersion:
+    return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})
+
+
+def _models(folder: Path) -> list[Path]:
+    import torch
+    import xgboost
+
+    class Raises(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sent = torch.nan_to_num(x[:, 0]) > _LOUD / 2
+            return 0.5 + 0 * self.table(sent.long() * 9).sum(dim=1)
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(3000, WIDTH)).astype(np.float32)
+    x[:, 0] += _LOUD
+    found = []
+    for seed in (1, 2):
+        y = x[:, 1] * x[:, 2] + x[:, 3] + np.random.default_rng(seed).normal(size=len(x)) > 0
+        settings = {"objective": "binary:logistic", "max_depth": 5, "nthread": 2, "seed": seed}
+        found.append(folder / f"model{seed}.ubj")
+        xgboost.train(settings, xgboost.DMatrix(x, y), 50).save_model(found[-1])
+    found.append(folder / "damaged.pt2")
+    found[-1].write_bytes(b"no program")
+    program = torch.export.export(Raises(), (torch.zeros(4, WIDTH),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    out = io.BytesIO()
+    torch.export.save(program, out)
+    found.append(folder / "raises.pt2")
+    found[-1].write_bytes(out.getvalue())
+    return found
+
+
+def _inputs(models: list[Path]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Rows to which no version gives the answer that another row or version has."""
+    x = np.random.default_rng(5).normal(size=(20 * ROWS, WIDTH)).round(4).astype(np.float32)
+    x[:, 0] += _LOUD
+    answers = [load_program(path.read_bytes())(x) for path in models]
+    chosen: list[int] = []
+    taken: list[float] = []
+    for i in range(len(x)):
+        mine = [float(p[i]) for p in answers]
+        if all(abs(a - b) > 1e-4 for a in mine for b in taken) and abs(mine[0] - mine[1]) > 1e-4:
+            chosen.append(i)
+            taken += mine
+        if len(chosen) == ROWS:
+            break
+    return x[chosen], {v: p[chosen] for v, p in enumerate(answers, start=1)}
+
+
+def kill(pid: int | None) -> None:
+    """SIGKILL."""
+    assert pid is not None
+    os.kill(pid, 9)
