@@ -1,6 +1,7 @@
 """Batch prediction without Ray: the job's plan and one worker, against the endpoint's own answers."""
 
 import asyncio
+import io
 import json
 from dataclasses import replace
 
@@ -10,12 +11,17 @@ import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import skl2onnx
+import skops.io as skops_io
+import torch
 from deltalake import write_deltalake
+from sklearn.linear_model import LogisticRegression
 
-from raymill.actors import batch_input, batch_worker, surroundings
+from raymill.actors import batch_input, batch_worker, envelope, surroundings
 from raymill.actors.batch_job import plan_job
 from raymill.actors.batch_plan import BatchPlan, BatchRequest
 from raymill.actors.batch_worker import BatchWorker
+from raymill.actors.envelope import Envelope
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
@@ -26,6 +32,7 @@ from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.errors import Conflict, ContractError, RequestError
 from raymill.runtime.home import Home
 from tests.unit.actors.serving_parts import ListSink, http
+from tests.unit.actors.test_model_files import FUNCTION, X, Y, lightgbm_model
 
 xgboost = pytest.importorskip("xgboost")
 
@@ -96,6 +103,11 @@ def taxi(**changes):
 
 def vectors_only():
     return taxi(plan=None, columns={}, required=(), key=())
+
+
+def vectors_only_of(inputs, **changes):
+    routes = (Route(version=1, digest="d1", role=Role.LIVE),)
+    return replace(vectors_only(), inputs=inputs, routes=routes, **changes)
 
 
 def asked(count=100):
@@ -321,3 +333,38 @@ def test_answers_are_logged_once_if_that_was_asked_for(tmp_path, home, programs)
     quiet = ListSink()
     work(plan_job(taxi(), None, replace(request, log=False, out=str(tmp_path / "quiet")), home), home, programs, quiet)
     assert quiet.segments == {}
+
+
+KINDS = {
+    "xgboost": lambda: bytes(xgboost.train({"nthread": 1}, xgboost.DMatrix(X, X[:, 0]), 4).save_raw("ubj")),
+    "lightgbm": lambda: lightgbm_model().model_to_string().encode(),
+    "scikit-learn": lambda: skops_io.dumps(LogisticRegression().fit(X, Y)),
+    "onnx": lambda: skl2onnx.to_onnx(
+        LogisticRegression().fit(X, Y), X[:1], options={"zipmap": False}
+    ).SerializeToString(),
+    "code": lambda: envelope.pack(Envelope(form="code", target="mine:ask", source=FUNCTION)),
+}
+
+
+def exported_net():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Flatten(0))
+    program = torch.export.export(net, (torch.zeros(4, 3),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    out = io.BytesIO()
+    torch.export.save(program, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("torch.export", marks=pytest.mark.soak)])
+def test_every_kind_of_model_answers_as_at_the_endpoint(kind, tmp_path, home):
+    x = X[:200]
+    spec = vectors_only_of(("a", "b", "c"), max_batch_rows=256)
+    programs = {"d1": KINDS.get(kind, exported_net)()}
+    tensor = {"name": "features", "shape": [200, 3], "datatype": "FP32", "parameters": {"binary_data_size": 2400}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    theirs = endpoint_answers(home, spec, "/v2/models/taxi/infer", head + x.tobytes(), programs, **headers)
+    request = request_of(tmp_path, pa.table({name: x[:, j] for j, name in enumerate("abc")}))
+    work(plan_job(spec, None, request, home), home, programs)
+    mine = answers(request)["p"].to_numpy().astype(np.float32)
+    assert mine.tobytes() == theirs.content[int(theirs.headers["inference-header-content-length"]) :]
+    assert len(np.unique(mine)) > 2
