@@ -33,7 +33,7 @@ GRACE_S = 12.0
 """How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
 Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
 HELD = {
-    "max_queued_requests": 2048,
+    "max_queued_requests": 4096,
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
 }
 """While no replica runs: how many requests are held until one does, and what those beyond are told."""
