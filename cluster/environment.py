@@ -33,6 +33,9 @@ PROXY_BUFFER_BYTES = 65536
 RETRIED_BODY_BYTES = 48 * 1024
 """Body of a request that fits, whatever headers it has: 16 KiB are left for those and for the proxy's own use."""
 
+GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
+"""Serve calls it with each gRPC server that it starts; it opens no gRPC port if none is named when Serve itself starts."""
+
 _FOREIGN = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -177,7 +180,7 @@ def serve_options(ports: Ports) -> dict[str, Any]:
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": ports.serve},
-        "grpc_options": {"port": ports.grpc},
+        "grpc_options": {"port": ports.grpc, "grpc_servicer_functions": [GRPC_SERVICER_FUNCTION]},
     }
 
 

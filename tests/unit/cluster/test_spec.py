@@ -98,7 +98,10 @@ def test_serve_listens_on_loopback_on_the_head_only():
     assert serve_options(PORTS) == {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": 8000},
-        "grpc_options": {"port": 9000},
+        "grpc_options": {
+            "port": 9000,
+            "grpc_servicer_functions": ["raymill.actors.grpc_service.add_to_server"],
+        },
     }
 
 
