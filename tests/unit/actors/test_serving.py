@@ -347,3 +347,28 @@ def test_what_is_recorded_can_be_read(run, tmp_path):
     assert (lineage.json()["version"]["digest"], lineage.json()["prediction"]["version"]) == (version.digest, 1)
     assert (nothing.status_code, nothing.json()["code"]) == (404, "unknown_prediction")
     records.stop()
+
+
+def test_an_id_that_two_replicas_are_asked_gets_one_answer_and_is_logged_once(tmp_path):
+    spec = model((1, "live", 0.5), (2, "canary", 0.5))
+    lake = Lake(tmp_path / "lake")
+    body = {"rows": [{**ROW, "id": f"i{n}"} for n in range(40)], "at": "2013-05-01T09:15:00Z"}
+
+    async def whole():
+        sinks = [LakeSink(lambda name: lake, tmp_path / "lock", lambda *segment: True) for _ in range(2)]
+        replicas = [await replica(tmp_path, spec, sink=sink) for sink in sinks]
+        answers = []
+        for found in replicas:
+            async with http(found) as client:
+                answers.append((await client.post("/predict/taxi", json=body)).json())
+        for found in replicas:
+            await asyncio.to_thread(found.stop)
+        return answers
+
+    first, second = asyncio.run(whole())
+    assert first == second
+    assert {p["version"] for p in first["predictions"]} == {1, 2}
+    logged = lake.read("predictions", columns=["id", "version"]).to_pylist()
+    assert sorted(logged, key=lambda r: r["id"]) == sorted(
+        ({"id": p["id"], "version": p["version"]} for p in first["predictions"]), key=lambda r: r["id"]
+    )
