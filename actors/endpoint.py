@@ -27,8 +27,6 @@ from raymill.runtime.turns import turn
 APPLICATION = "raymill"
 IMPORT_PATH = "raymill.actors.serving:build"
 DEPLOYMENT = "Replica"
-GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
-"""Serve calls it with each gRPC server that it starts."""
 GRACE_S = 12.0
 """How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
 Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
@@ -100,9 +98,6 @@ class Endpoint:
         parsed = httpx.URL(self.url)
         options = {"host": parsed.host, "port": parsed.port or 80}
         self._options = serve_options or {"proxy_location": "HeadOnly", "http_options": options}
-        if "grpc_options" in self._options:
-            grpc = {**self._options["grpc_options"], "grpc_servicer_functions": [GRPC_SERVICER_FUNCTION]}
-            self._options = {**self._options, "grpc_options": grpc}
         self._api = httpx.Client(base_url=dashboard_url.rstrip("/"), headers=(headers or ray_headers)(), timeout=30.0)
         # Each request on a connection of its own: the proxy chooses a replica anew.
         bearer = {"authorization": f"Bearer {read_key_file(home.operator_key)}"} if keys == KeyPolicy.ALL else {}

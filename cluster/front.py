@@ -69,7 +69,7 @@ frontend grpcs
     bind {host}:{front.grpcs} ssl crt {front.folder / CERTIFICATE} alpn h2
     timeout client 3600s
 {_marks()}
-    http-request return status 200 content-type application/grpc hdr grpc-status 12 \
+    http-request return status 200 hdr grpc-status 12 \
 hdr grpc-message "no such service" if !{{ path_beg {GRPC_SERVICE} }}
     default_backend grpc
 backend grpc
