@@ -143,9 +143,11 @@ def parted(rows: Any, do: Callable[[Any], T]) -> tuple[list[T], list[tuple[Any, 
 
 def vectors_of(rows: Rows) -> npt.NDArray[np.float32]:
     """The model's inputs, [rows, n]; an infinite one is an infinity here, and its row is refused by `oip.finite`."""
-    columns = [c.to_numpy(zero_copy_only=False) for c in rows.columns.columns]
+    x = np.empty((len(rows), rows.columns.num_columns), dtype=np.float32)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(np.stack(columns, axis=1).astype(np.float32))
+        for j, column in enumerate(rows.columns.columns):
+            x[:, j] = column.to_numpy(zero_copy_only=False)
+    return x
 
 
 def infinite(x: npt.NDArray[np.float32]) -> dict[int, RaymillError]:
@@ -183,6 +185,8 @@ def _parsed(rows: pa.Table, form: ModelSpec) -> pa.Table:
 def _distinct(table: pa.Table) -> tuple[pa.Table, list[Reject]]:
     """The rows whose id no row before them has; nulls are no ids."""
     ids = table["id"].combine_chunks()
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return table, []
     codes = ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     first = np.ones(len(codes), dtype=np.bool_)
     order = np.argsort(codes, kind="stable")

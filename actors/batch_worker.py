@@ -151,7 +151,9 @@ class BatchWorker:
         else:
             x = batch_rows.vectors_of(rows)
             ill |= batch_rows.infinite(x)
-        well = np.setdiff1d(np.arange(len(rows)), np.fromiter(ill, np.int64, len(ill)))
+        is_well = np.ones(len(rows), dtype=np.bool_)
+        is_well[list(ill)] = False
+        well = np.flatnonzero(is_well)
         found: list[tuple[Places, Answer]] = []
         step = self._plan.model.max_batch_rows
         for start in range(0, len(well), step):
