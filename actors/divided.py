@@ -74,6 +74,8 @@ class DividedPages:
 
     def __init__(self, pages: Sequence[Pages]) -> None:
         self._pages = pages
+        self.fewest = 8 * len(pages)
+        """As that of `Pages`: a call for each share."""
 
     def of_names(self, txn: DividedTransaction, names: Sequence[bytes], nothing: Bytes) -> Bytes | None:
         """As `Pages.of_names`."""

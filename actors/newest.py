@@ -76,7 +76,7 @@ class NewestReader:
 
     def of_integers(self, txn: Any, keys: Sequence[int]) -> npt.NDArray[Any]:
         """Records of entities with one integer column as key, event time NEVER for one that has none."""
-        if self._pages is not None:
+        if self._pages is not None and len(keys) >= self._pages.fewest:
             found = self._pages.of_integers(txn, self._prefix_bytes, keys, self._nothing_bytes)
             if found is not None:
                 return found.view(self._type)[:, 0]
@@ -97,7 +97,7 @@ class NewestReader:
     def of_keys(self, txn: Any, keys: Sequence[bytes]) -> npt.NDArray[Any]:
         """Records of entities by their names in the store."""
         names = [self._prefix + k for k in keys]
-        if self._pages is not None:
+        if self._pages is not None and len(names) >= self._pages.fewest:
             found = self._pages.of_names(txn, names, self._nothing_bytes)
             if found is not None:
                 return found.view(self._type)[:, 0]

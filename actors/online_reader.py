@@ -67,6 +67,7 @@ class OnlineReader:
         self._opened: Any = None
         self._pages: Pages | DividedPages | None = None
         self._newest: dict[str, NewestReader] = {}
+        self._by_name: dict[str, NewestReader] = {}
         self._lock = threading.Lock()
 
     def vectors(self, rows: pa.Table, at: Ints) -> npt.NDArray[np.float32]:
@@ -154,7 +155,8 @@ class OnlineReader:
             for place, (view, codes, names, packed) in enumerate(wanted):
                 _check_moments(txn, view, int(asked.at.min()) if len(asked.at) else NEVER)
                 if packed:
-                    reader = NewestReader(view, b"", self._pages)
+                    reader = self._by_name.get(view.name) or NewestReader(view, b"", self._pages)
+                    self._by_name[view.name] = reader
                     leaves[view.name] = _from_newest(txn, reader, asked, place, codes, names)
                 else:
                     leaves[view.name] = _from_events(txn, view, asked, place, codes, names)
@@ -199,6 +201,7 @@ class OnlineReader:
                 release(self._path)
                 self._opened = self._pages = None
                 self._newest.clear()
+                self._by_name.clear()
 
     def _environment(self) -> Any:
         if self._opened is None:

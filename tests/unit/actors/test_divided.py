@@ -55,7 +55,7 @@ def test_vectors_and_ages_are_those_of_one_environment(seed: int, tmp_path_facto
         found, one = divided.look_up(asked, at), whole.look_up(asked, at)
         assert found.x.tobytes() == one.x.tobytes() == join(asked, PLAN, {"rides": table(facts)}, at=at).tobytes()
         assert found.ages.tolist() == one.ages.tolist()
-        for keys in ([0, 1, 2, 99, -5], [1], [2, None]):
+        for keys in ([0, 1, 2, 99, -5], [*range(-20, 20)], [1], [2, None], [*range(-20, 20), None]):
             for mine, theirs in zip(*(r.latest("stop", keys, end) for r in (divided, whole)), strict=True):
                 assert mine.tobytes() == theirs.tobytes()
     for opened in (divided, whole, *stores):
