@@ -34,7 +34,7 @@ RETRIED_BODY_BYTES = 48 * 1024
 """Body of a request that fits, whatever headers it has: 16 KiB are left for those and for the proxy's own use."""
 
 GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
-"""Serve calls it with each gRPC server that it starts; it opens no port for gRPC if it is told of none at its own start."""
+"""Serve calls it with each gRPC server it starts, and opens no port for gRPC if it is told of none at its own start."""
 
 _FOREIGN = (
     "RAY_ADDRESS",
