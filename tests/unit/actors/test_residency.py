@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import threading
 
 import numpy as np
@@ -22,6 +23,14 @@ RESIDENTS = st.lists(
     max_size=8, unique_by=lambda r: r.name,
 )  # fmt: skip
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """As a replica does at its start: else each model that leaves costs a look at everything ever imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def in_loop(test):
