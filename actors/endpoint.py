@@ -35,6 +35,9 @@ HELD = {
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
 }
 """While no replica runs: how many requests are held until one does, and what those beyond are told."""
+APART_S = 1.0
+"""Shortest time between two changes: Serve hides a replica from the proxy for a moment at each, which the proxy does
+not see if it is over when it next looks, 0.5 s after the first sign of a change."""
 _API = "/api/serve/applications/"
 _POLL_S = 0.05
 
@@ -258,7 +261,16 @@ class Endpoint:
         if scaled is not None:
             running = sum(r.state == "RUNNING" for r in self.replicas())
             scaled["initial_replicas"] = min(max(running, scaled["min_replicas"], 1), scaled["max_replicas"])
+        self._wait_for_turn()
         self._request("PUT", config)
+
+    def _wait_for_turn(self) -> None:
+        """Keep changes `APART_S` from each other, whichever process makes them."""
+        last = self._home.locks / "served.changed"
+        last.parent.mkdir(parents=True, exist_ok=True)
+        if last.exists():
+            time.sleep(min(max(last.stat().st_mtime + APART_S - time.time(), 0.0), APART_S))
+        last.touch()
 
     def _wait(self, config: dict[str, Any], end_s: float) -> None:
         """Until Serve says it runs and every replica has acknowledged this `user_config`."""

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.harness import peer_environment, progress
 from benchmarks.open_loop import OpenLoop, Sent
 from benchmarks.serving import TOKEN, process
-from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.endpoint import APART_S, Endpoint, Placement
 from raymill.actors.rollout import ModelSpec, Role, Route, reroute
 from raymill.actors.surroundings import load_program
 from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
@@ -125,7 +125,7 @@ def watched(name: str, act: Callable[[int], float], *, rate: float, requests: in
         took = act(number)
         event.seconds += [took] if took == took else []
         number += 1
-        time.sleep(0.3)
+        time.sleep(APART_S)  # no change waits for the one before
     event.during = (begun, time.monotonic())
     progress(f"{name}: {len(event.seconds)} times, {np.median(event.seconds):.2f} s each")
     return event
