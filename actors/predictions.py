@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +54,7 @@ class PredictionLog:
         self._sink = sink
         self._replica = replica
         self._owner = new_ids(1)[0]
-        self._recent: dict[str, dict[str, tuple[int, float]]] = {}
+        self._recent: dict[str, _Recent] = {}
         self._lock = threading.Lock()  # of the open segment
         self._shipping = threading.Lock()
         self._segment: _Segment | None = None
@@ -91,8 +91,10 @@ class PredictionLog:
         Raises:
             StoreError: the spool can not be written; nothing of the batch may be answered.
         """
-        recent = self._recent.setdefault(scored.model, {})
-        known = {i: recent[name] for i, name in enumerate(scored.ids) if name in recent}
+        recent = self._recent.setdefault(scored.model, _Recent())
+        # The ids of ready vectors are always fresh ones, which no caller can send: only rows have a text.
+        named = scored.texts.count(None) < len(scored.texts)
+        known = recent.known(scored.ids) if named else {}
         versions, p = scored.versions, scored.p
         if known:
             fresh = [i for i in range(len(scored.ids)) if i not in known]
@@ -104,8 +106,8 @@ class PredictionLog:
             wall_s = time.time()
             frames = [encode(s, self._replica, wall_s) for s in (scored, *shadows)]
             self._append(frames, sum(len(s.ids) for s in (scored, *shadows)))
-            answers = zip(scored.versions.tolist(), scored.p.tolist(), strict=True)
-            self._remember(scored.model, scored.ids, answers)
+            if named:
+                recent.add(zip(scored.ids, zip(scored.versions.tolist(), scored.p.tolist(), strict=True), strict=True))
         return versions, p
 
     def flush(self) -> bool:
@@ -126,14 +128,6 @@ class PredictionLog:
                 self._segment = _Segment(self._spool / self._owner / f"{self._number:06d}{_OPEN}")
             self._segment.append(frames, rows)
 
-    def _remember(self, model: str, ids: list[str], answers: Iterator[tuple[int, float]]) -> None:
-        recent = self._recent.setdefault(model, {})
-        recent.update(zip(ids, answers, strict=True))
-        surplus = len(recent) - REMEMBERED
-        if surplus > 0:
-            for name in [name for name, _ in zip(recent, range(surplus), strict=False)]:
-                del recent[name]
-
     def _learn(self) -> None:
         """Know the newest answers of the spool again, whoever gave them."""
         found: list[pa.Table] = []
@@ -143,10 +137,12 @@ class PredictionLog:
             if sum(t.num_rows for t in found) >= REMEMBERED:
                 break
         for rows in reversed(found):  # the newest are forgotten last
+            rows = rows.filter(rows.column("row").is_valid())
             columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "role")]
             for model, name, version, p, role in zip(*columns, strict=True):
-                if role != "shadow":
-                    self._recent.setdefault(model, {}).setdefault(name, (version, p))
+                recent = self._recent.setdefault(model, _Recent())
+                if role != "shadow" and not recent.known([name]):
+                    recent.add([(name, (version, p))])
 
     def _run(self) -> None:
         look_at = 0.0
@@ -212,6 +208,29 @@ class PredictionLog:
             os.utime(path)
             path.rename(path.with_suffix(_SHIPPED))
         return True
+
+
+class _Recent:
+    """The newest answers of a model, at least `REMEMBERED` of them, by id.
+
+    Two generations: the older one is dropped whole, since a dict that loses its first entries one by one is searched
+    from its beginning each time.
+    """
+
+    def __init__(self) -> None:
+        self._young: dict[str, tuple[int, float]] = {}
+        self._old: dict[str, tuple[int, float]] = {}
+
+    def known(self, ids: list[str]) -> dict[int, tuple[int, float]]:
+        """Version and probability of those that were answered, by their place."""
+        young, old = self._young, self._old
+        return {i: young.get(name) or old[name] for i, name in enumerate(ids) if name in young or name in old}
+
+    def add(self, answers: Iterable[tuple[str, tuple[int, float]]]) -> None:
+        """Remember these."""
+        self._young.update(answers)
+        if len(self._young) >= REMEMBERED:
+            self._old, self._young = self._young, {}
 
 
 class _Segment:

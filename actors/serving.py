@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,10 @@ from raymill.runtime.records import RemoteRecords
 _log = logging.getLogger(__name__)
 
 DEPLOYMENT = "Replica"
+GC_THRESHOLD = 20_000
+"""Objects between two looks for garbage: a batch makes hundreds, none of which are in circles."""
+SWITCH_S = 0.0005
+"""For how long another thread (the log's shipping, a load) may hold Python while requests wait; its default is 5 ms."""
 
 
 class ServingReplica:
@@ -220,6 +225,8 @@ class ServingReplica:
             self.fast.reason = found and f"its self-test failed: {found}"
         gc.collect()
         gc.freeze()  # what is here stays: no later collection goes through it, which would hold requests up
+        gc.set_threshold(GC_THRESHOLD, 10, 100)
+        sys.setswitchinterval(SWITCH_S)
         if self.fast.reason:
             _log.warning("the fast lane is shut, Serve's own answers: %s", self.fast.reason)
         else:

@@ -80,7 +80,7 @@ def test_the_next_replica_ships_what_a_killed_one_left_and_knows_its_answers(tmp
         log.start()
         log.record(Scored(
             model="taxi", ids=["a", "b"], versions=np.array([1, 1]), roles=["live"] * 2, at=np.arange(2),
-            keys=[None] * 2, texts=[None] * 2, x=np.zeros((2, 2), np.float32), p=np.full(2, 0.5, np.float32),
+            keys=[None] * 2, texts=[b"{}"] * 2, x=np.zeros((2, 2), np.float32), p=np.full(2, 0.5, np.float32),
         ), [])
         print("answered", flush=True)
         time.sleep(60)
@@ -319,3 +319,12 @@ def test_frames_give_their_rows_back_and_a_cut_file_gives_the_whole_frames_befor
         assert rows.drop_columns(["at", "wall_s", "replica"]).to_pylist() == [r for b in wanted[:whole] for r in b]
     moments = decode(data)["at"].cast(pa.int64()).to_pylist()
     assert moments == [row[4] for batch in batches for row in batch]
+
+
+def test_at_least_as_many_answers_are_remembered_as_stated_and_not_many_more(monkeypatch, log):
+    monkeypatch.setattr(predictions, "REMEMBERED", 10)
+    for i in range(35):
+        log.record(scored(f"{i}", p=0.25), [])
+    for i in range(25, 35):
+        assert log.record(scored(f"{i}", p=0.75), [])[1].tolist() == [0.25]
+    assert log.record(scored("3", p=0.75), [])[1].tolist() == [0.75]
