@@ -39,6 +39,8 @@ class DeltaFollower:
         self._prefix = ""
         self._done: int | None = None
         """Newest version whose rows are in the lake."""
+        self._newest = 0
+        """Newest version that was seen."""
         self._given: Batch | None = None
         self._coming: Iterator[Batch] = iter(())
 
@@ -67,6 +69,9 @@ class DeltaFollower:
         if is_last:
             self._done = version
 
+    def waiting(self) -> int | None:
+        return None if self._done is None else max(self._newest - self._done, 0)
+
     def _look(self) -> Batch | None:
         """The first batch of the next version that has any."""
         if self._done is None:
@@ -75,8 +80,8 @@ class DeltaFollower:
                 return batch
         if self._done is None or self._declared.version is not None:
             return None
-        newest = _open(self._declared).version()
-        while self._done < newest:
+        self._newest = _open(self._declared).version()
+        while self._done < self._newest:
             self._coming = self._appended(self._done + 1)
             if (batch := next(self._coming, None)) is not None:
                 return batch

@@ -93,6 +93,9 @@ class WatchedDirectory:
         if batch.batch_id == end_of(batch.position):
             self._done.add(batch.position)
 
+    def waiting(self) -> int:
+        return sum(name.file.id not in self._done for name in self._seen.values())
+
     def _look(self) -> Batch | None:
         """The first batch of a file that is ready and not in the lake."""
         now_s = time.monotonic()

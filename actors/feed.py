@@ -50,8 +50,18 @@ class Progress:
     """Id of the newest batch."""
     last_s: float = 0.0
     """Wall time at which it was in."""
+    waiting: int | None = None
+    """Entries of the stream, files or versions that are not in yet; null: the carrier can not say."""
+    level_s: float = field(default_factory=time.time)
+    """Wall time at which nothing more was waiting, or of the start."""
     error: str = ""
     """What is tried again, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; with `behind_s`, for how long something has been waiting without a break."""
+        told = asdict(self)
+        level_s = told.pop("level_s")
+        return {**told, "behind_s": 0.0 if self.state == "waiting" else round(time.time() - level_s, 3)}
 
 
 class Feed:
@@ -96,7 +106,7 @@ class Feed:
 
     def health(self) -> dict[str, Any]:
         """Whether every source is reached, and how each stands (see `Progress`)."""
-        told = {name: asdict(progress) for name, progress in self._progress.items()}
+        told = {name: progress.to_json() for name, progress in self._progress.items()}
         return {"ok": all(p["state"] != "retrying" for p in told.values()), "sources": told}
 
     def _follow(self, source: Source) -> None:
@@ -110,8 +120,9 @@ class Feed:
                     stream.acknowledge(batch)
                     progress.batches += 1
                     progress.last_batch, progress.last_s = batch.batch_id, time.time()
+                    progress.waiting = stream.waiting()
                 else:
-                    progress.state = "waiting"
+                    progress.state, progress.waiting, progress.level_s = "waiting", 0, time.time()
                 progress.error, pause_s = "", 0.0
             except Exception as err:  # noqa: BLE001 - edge of the loop: told, and tried again
                 progress.error = err.message if isinstance(err, RaymillError) else f"{type(err).__name__}: {err}"

@@ -74,5 +74,12 @@ class Stream(Protocol):
             StoreError: the carrier can not be reached; trying again, also with the batch given once more, is safe.
         """
 
+    def waiting(self) -> int | None:
+        """Entries, files or versions that are not acknowledged yet, as far as was seen; None: the carrier can not say.
+
+        Raises:
+            StoreError: the carrier can not be reached; trying again is safe.
+        """
+
     def close(self) -> None:
         """Give connections back; what was not acknowledged stays so."""

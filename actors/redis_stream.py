@@ -111,6 +111,13 @@ class RedisGroup:
             self._client.xack(self._declared.stream, self._declared.group, *batch.position)
         self._given, self._is_clean = None, True
 
+    def waiting(self) -> int | None:
+        with self._as_store_error():
+            groups = self._client.xinfo_groups(self._declared.stream)
+        mine = next(g for g in groups if g["name"] == self._declared.group.encode())
+        behind = mine.get("lag")  # servers before 7.0 do not tell, nor does one after entries were deleted
+        return None if behind is None else int(behind) + int(mine["pending"])
+
     def _make_group(self) -> None:
         import redis
 

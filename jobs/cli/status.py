@@ -1,7 +1,8 @@
-"""`raymill status`: what runs: nodes, leases, queue with reasons, the newest run; and what is alarming of features."""
+"""`raymill status`: what runs: nodes, leases, queue with reasons, newest run, feeds; what is alarming of features."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from raymill.jobs.cli.output import AsJson, emit, out, table
@@ -25,8 +26,8 @@ def status(as_json: AsJson = False) -> None:
             out.print(f"run      {run['run']} of {run['pipeline']}: {'finished' if run['finished'] else 'unfinished'}")
         for alert in document["alerts"]:
             out.print(f"ALARM    {alert['what']} of {alert['model']}: {alert['reason']}")
-        for name, rows in (("nodes", document["nodes"]), ("leases", document["leases"]), ("queue", document["queue"])):
-            if rows:
+        for name in ("nodes", "leases", "queue", "feeds"):
+            if rows := document[name]:
                 table(name, list(rows[0]), [[_short(cell) for cell in row.values()] for row in rows])
 
     emit(document, as_json, human)
@@ -53,11 +54,13 @@ def _gather() -> dict[str, Any]:
         "nodes": [],
         "leases": [],
         "queue": [],
+        "feeds": [],
         "alerts": [],
     }
     if session is not None:
         join(session)
         document |= _pool()
+        document["feeds"] = _feeds()
     if has_records():
         document["alerts"] = _alerts()
     return document
@@ -68,6 +71,32 @@ def _alerts() -> list[dict[str, str]]:
     with open_records() as (_, records):
         newest = {e["pipeline"]: e["data"] for e in records.events(JUDGED)}
     return [{"model": model, "what": "consistency", "reason": d["reason"]} for model, d in newest.items() if d["alert"]]
+
+
+def _feeds() -> list[dict[str, Any]]:
+    """How each source stands that a feed of this cluster follows; a feed that does not answer is told as such."""
+    from raymill.runtime.spawn import ask, find, named
+
+    found = []
+    for name in named("feed/"):
+        try:
+            sources = ask(find(name).health.remote(), timeout_s=10)["sources"]
+        except Unavailable as err:
+            sources = {"": {"state": "away", "error": err.message}}
+        found += [feed_row(name.partition("/")[2], source, stands) for source, stands in sources.items()]
+    return found
+
+
+def feed_row(pipeline: str, source: str, stands: dict[str, Any]) -> dict[str, Any]:
+    """One line of `feeds`: what `Progress.to_json` of a feed's source says, in short."""
+    last_s = stands.get("last_s")
+    return {
+        "pipeline": pipeline,
+        "source": source,
+        **{k: stands.get(k) for k in ("state", "waiting", "behind_s", "rows", "last_batch")},
+        "last_at": datetime.fromtimestamp(last_s, UTC).isoformat(timespec="seconds") if last_s else None,
+        "error": stands.get("error"),
+    }
 
 
 def _pool() -> dict[str, Any]:

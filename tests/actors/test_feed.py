@@ -32,6 +32,7 @@ from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineReader
 from raymill.actors.point_in_time import join
 from raymill.actors.sources import file_batches
+from raymill.jobs.cli.status import _feeds
 from raymill.runtime.errors import ContractError
 from raymill.runtime.home import Home
 from raymill.runtime.records import NAME, RecordsActor, RemoteRecords
@@ -203,7 +204,10 @@ def test_actors_that_are_killed_one_after_the_other_lose_and_double_nothing(clus
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
         until(lambda: is_drained(server, sent))
-        assert Remote("feed/riding").health()["sources"]["rides"]["error"] == ""
+        until(lambda: Remote("feed/riding").health()["sources"]["rides"]["state"] == "waiting")
+        (told,) = _feeds()
+        assert (told["pipeline"], told["source"], told["error"]) == ("riding", "rides", "")
+        assert (told["waiting"], told["behind_s"]) == (0, 0.0) and told["last_batch"].startswith("rides/")
         check(tmp_path / "home", sent, server.url)
 
 

@@ -55,7 +55,10 @@ def test_new_files_come_in_once_in_the_order_of_their_times_also_after_a_restart
     for i, name in enumerate(["b.parquet", "a.parquet"]):
         pq.write_table(rows(3 * i, 3 * i + 1, 3 * i + 2), folder / name)
         os.utime(folder / name, (1000 + i, 1000 + i))
-    first = taken(*watching(folder, home))
+    declared, data, stream = watching(folder, home)
+    assert stream.next(1) is not None and stream.waiting() == 2
+    first = taken(declared, data, stream)
+    assert stream.waiting() == 0
     assert [b.split("-")[0] for b in first] == ["b.parquet"] * 2 + ["a.parquet"] * 2
     pacsv.write_csv(rows(6), folder / "c.csv")
     for hidden in (".c.csv", "_c.csv", "c.csv.tmp"):
