@@ -5,8 +5,8 @@ Open loop: requests of one row leave at a constant rate, each answer is held aga
 meanwhile; `seconds` is the median of how long one took until every replica had acknowledged it (`code_update`: until
 the old replica was gone; `replica_sigkill`: one of two, until two ran again; `bad_version`: from its canary's begin
 until the registry had refused it by itself), `p99_ratio` is the p99 of that whole time over that of the quiet seconds
-before. `failed` counts what was not answered rightly in either. `acknowledged_s`: a promotion, by replicas.
-`--quick`: 2,000 requests each.
+before (`autoscale_1_3_1` and `from_zero`: `rollout_scaling`). `failed` counts what was not answered rightly in either. `acknowledged_s`: a promotion, by replicas.
+`--quick`: 2,000 requests each. `autoscale_1_3_1` and `from_zero`: see `rollout_scaling`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import Outcome
+from benchmarks.rollout_scaling import autoscale_1_3_1, from_zero
+from benchmarks.rollout_scaling import autoscale_1_3_1, from_zero
 from benchmarks.rollout_session import MODEL, Event, Session, kill, session, watched
 from raymill.actors.endpoint import APART_S, Placement
 from raymill.runtime.errors import ModelError
@@ -125,7 +127,8 @@ def body(quick: bool) -> Outcome:
         s.wait_for_replicas(3)
         facts["replicas_3"] = acknowledged(s)
         sent = load.stop()
-    outcome = Outcome({e.name: e.outcome(sent) for e in events} | {"acknowledged_s": facts})
+        scaled = {"autoscale_1_3_1": autoscale_1_3_1(s, quick), "from_zero": from_zero(s, quick)}
+    outcome = Outcome({e.name: e.outcome(sent) for e in events} | scaled | {"acknowledged_s": facts})
     outcome.repetitions = 1
     outcome.notes = {"rate": RATE, "requests": len(sent), "failed": dict(sent.failures), "bars": {"p99_ratio": 3}}
     return outcome
