@@ -5,8 +5,8 @@ Open loop: requests of one row leave at a constant rate, each answer is held aga
 meanwhile; `seconds` is the median of how long one took until every replica had acknowledged it (`code_update`: until
 the old replica was gone; `replica_sigkill`: one of two, until two ran again; `bad_version`: from its canary's begin
 until the registry had refused it by itself), `p99_ratio` is the p99 of that whole time over that of the quiet seconds
-before. `failed` counts what was not answered rightly in either. `acknowledged_s`: a promotion, by replicas.
-`--quick`: 2,000 requests each. `autoscale_1_3_1` and `from_zero`: see `rollout_scaling`.
+before (`autoscale_1_3_1` and `from_zero`: see `rollout_scaling`). `failed` counts what was not answered rightly in
+either. `acknowledged_s`: a promotion, by replicas. `--quick`: 2,000 requests each.
 """
 
 from __future__ import annotations
