@@ -7,17 +7,21 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import ray
+from deltalake import write_deltalake
 
 from raymill.actors.batch_job import plan_job, run_job
 from raymill.actors.batch_plan import BatchRequest
+from raymill.actors.batch_worker import BatchWorker
 from raymill.actors.rollout import ModelSpec, Role, Route
-from raymill.runtime.errors import ContractError, ModelError
+from raymill.runtime.errors import Conflict, ContractError, ModelError
 from raymill.runtime.home import Home
 from raymill.runtime.records import NAME, RecordsActor
 from raymill.runtime.spawn import ask, find, spawn
+from tests.actors import s3_server
 
 xgboost = pytest.importorskip("xgboost")
 FILES, ROWS = 24, 500
@@ -77,6 +81,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none_and_the_job_is_done_once(
     assert (again.rows, again.answered_now, again.job) == (FILES * ROWS, 0, summary.job)
 
 
+@pytest.mark.soak  # as many workers are started again; what is told is in the unit tests, too
 def test_what_goes_wrong_in_a_worker_is_told_as_it_is(served, tmp_path):
     home, model, x, _ = served
     table = write_table(tmp_path / "rows", x)
@@ -88,3 +93,24 @@ def test_what_goes_wrong_in_a_worker_is_told_as_it_is(served, tmp_path):
     with pytest.raises(ContractError, match=r"005.parquet is not what it was"):
         run_job(plan, home, workers=1)
     assert not (tmp_path / "out" / "_manifest.json").exists()
+
+
+def test_a_table_in_a_bucket_is_answered_into_a_bucket(served, tmp_path, monkeypatch):
+    home, model, x, booster = served
+    program = bytes(booster.save_raw("ubj"))
+    table = pa.table({name: x[:2000, j] for j, name in enumerate(INPUTS)})
+    with s3_server.running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        options = {**server.environment, "aws_allow_http": "true"}
+        write_deltalake(server.url("rows"), table, storage_options=options)
+        request = BatchRequest(table=server.url("rows"), out=server.url("out"))
+        for left in (2000, 0):  # the second time all of it is there
+            plan = plan_job(model, model.routes[0], request, home)
+            done = [BatchWorker(home, plan, fetch=lambda digest: program).answer(piece) for piece in plan.pieces]
+            assert (sum(d.rows for d in done), sum(d.now for d in done)) == (2000, left)
+        filesystem, root = pafs.FileSystem.from_uri(request.out)
+        answers = pads.dataset(root, filesystem=filesystem, format="parquet").to_table()
+        assert answers["p"].to_numpy().tobytes() == booster.inplace_predict(x[:2000]).tobytes()
+        with pytest.raises(Conflict, match="something else"):
+            plan_job(model, model.routes[0], BatchRequest(table=request.table, out=server.url("rows")), home)
