@@ -37,6 +37,7 @@ from raymill.actors import (
 from raymill.actors.answering import Call, HttpCall, Write, version_of
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.door import Door
+from raymill.actors.endpoint import DEPLOYMENT
 from raymill.actors.fastlane import Fast
 from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
@@ -66,7 +67,6 @@ from raymill.runtime.records import RemoteRecords
 
 _log = logging.getLogger(__name__)
 
-DEPLOYMENT = "Replica"
 GC_THRESHOLD = 20_000
 """Objects between two looks for garbage: a batch makes hundreds, none of which are in circles."""
 SWITCH_S = 0.0005
