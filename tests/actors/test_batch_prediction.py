@@ -81,7 +81,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none_and_the_job_is_done_once(
     assert (again.rows, again.answered_now, again.job) == (FILES * ROWS, 0, summary.job)
 
 
-@pytest.mark.soak  # as many workers are started again; what is told is in the unit tests, too
+@pytest.mark.soak  # as many workers are started again; what they raise is in the unit tests
 def test_what_goes_wrong_in_a_worker_is_told_as_it_is(served, tmp_path):
     home, model, x, _ = served
     table = write_table(tmp_path / "rows", x)

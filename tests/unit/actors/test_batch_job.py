@@ -29,7 +29,7 @@ from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, to_user_c
 from raymill.actors.serving import ServingReplica
 from raymill.actors.wire import ARROW_STREAM, write_stream
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
-from raymill.runtime.errors import Conflict, ContractError, RequestError
+from raymill.runtime.errors import Conflict, ContractError, ModelError, RequestError
 from raymill.runtime.home import Home
 from tests.unit.actors.serving_parts import ListSink, http
 from tests.unit.actors.test_model_files import FUNCTION, X, Y, lightgbm_model
@@ -289,6 +289,12 @@ def test_a_file_that_changed_meanwhile_is_told(tmp_path, home, programs):
     pq.write_table(asked(7), request.table)
     with pytest.raises(ContractError, match="not what it was"):
         work(plan, home, programs)
+
+
+def test_a_version_that_does_not_load_ends_the_job_before_a_row(tmp_path, home):
+    plan = plan_job(taxi(), None, request_of(tmp_path, asked()), home)
+    with pytest.raises(ModelError, match="version 1 of model 'taxi' can not be loaded"):
+        work(plan, home, {"d1": b"{damaged"})
 
 
 def test_csv_arrow_folders_and_delta_tables_say_the_same(tmp_path, home, programs):
