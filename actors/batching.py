@@ -46,11 +46,11 @@ class WaitingLine(Generic[T]):
         self._waiting.append(request)
         self._rows += len(request)
 
-    def take(self) -> list[T]:
-        """The next batch: requests from the front while they fit `max_batch_rows`, at least one if any waits."""
+    def take(self, most: float = math.inf) -> list[T]:
+        """The next batch: requests from the front while `max_batch_rows` and `most` rows hold them, at least one."""
         batch: list[T] = []
-        rows = 0
-        while self._waiting and (not batch or rows + len(self._waiting[0]) <= self.max_batch_rows):
+        rows, most = 0, min(most, self.max_batch_rows)
+        while self._waiting and (not batch or rows + len(self._waiting[0]) <= most):
             request = self._waiting.popleft()
             rows += len(request)
             batch.append(request)
@@ -59,7 +59,7 @@ class WaitingLine(Generic[T]):
 
 
 class Pace:
-    """How long a batch takes, learned from those before: whether one may be computed on the event loop.
+    """How long a batch takes, learned from those before: says where one is computed and how large it may be.
 
     Batches are told apart by the power of two of their rows. One of a size never seen is taken to cost per row what
     the nearest smaller size does; if there is none, it is long.
@@ -68,10 +68,13 @@ class Pace:
     SHORT_S = 0.003
     """For how long a batch may hold the event loop up: about what one turn of it takes with 100 busy callers."""
     _WEIGHT = 0.1
-    _MOST_S = 0.01  # a pause of the whole process is not the batch's doing
+    _MOST_S = 0.01
+    """Up to here a batch counts in full, above it as four times what was known: a pause of the process is not its
+    doing."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._rows: dict[int, float] = {}
 
     def is_short(self, rows: int) -> bool:
         """Whether a batch of so many rows is expected to take less than `SHORT_S`."""
@@ -85,5 +88,17 @@ class Pace:
     def note(self, rows: int, seconds: float) -> None:
         """A batch of so many rows took so long."""
         size = rows.bit_length()
+        self._rows[size] = self._rows.get(size, rows) + self._WEIGHT * (rows - self._rows.get(size, rows))
         before = self._seconds.get(size, seconds)
-        self._seconds[size] = before + self._WEIGHT * (min(seconds, self._MOST_S) - before)
+        self._seconds[size] = before + self._WEIGHT * (min(seconds, max(self._MOST_S, 4 * before)) - before)
+
+    def rows_within(self, seconds: float) -> float:
+        """Rows that are expected to take no longer together: at least 1, infinitely many before anything is known.
+
+        It goes from the largest size that does, and takes each further row to cost as much as one of those.
+        """
+        known = [(size, took) for size, took in self._seconds.items() if took <= seconds]
+        if not known:
+            return 1 if self._seconds else math.inf
+        size, took = max(known)
+        return max(1, self._rows[size] * seconds // max(took, 1e-9))

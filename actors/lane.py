@@ -61,6 +61,8 @@ class Lane:
         self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
         self.pace = Pace()
+        self.target_s = math.inf
+        """Latency that callers are promised; a batch may take half of it, since they wait for the one before, too."""
         self._busy = False
 
     def submit(self, question: Question, done: Done, timeout_s: float | None = None) -> Ticket:
@@ -91,7 +93,7 @@ class Lane:
             self._fetch()
             return
         now = time.monotonic()
-        batch = [t for t in self.line.take() if not t.left and not self._expired(t, now)]
+        batch = [t for t in self._take() if not t.left and not self._expired(t, now)]
         if not batch:
             self._go_on()
             return
@@ -124,6 +126,9 @@ class Lane:
             waiting = self.line.take()
             self._deliver(waiting, [err if isinstance(err, Exception) else Unavailable(str(err))] * len(waiting))
             self._go_on()
+
+    def _take(self) -> list[Ticket]:
+        return self.line.take(self.pace.rows_within(self.target_s / 2) if self.target_s < math.inf else math.inf)
 
     def _expired(self, ticket: Ticket, now: float) -> bool:
         if now <= ticket.expires_s:

@@ -291,6 +291,7 @@ class ServingReplica:
                 bring_back=partial(self._models.bring_back, name),
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
+        lane.target_s = spec.p99_ms / 1000
         return lane
 
     def _is_here(self, name: str) -> bool:

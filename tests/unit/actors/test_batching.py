@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.actors.batching import WaitingLine
+from raymill.actors.batching import Pace, WaitingLine
 from raymill.runtime.errors import Overloaded
 
 
@@ -48,3 +48,29 @@ def test_requests_leave_whole_in_order_and_batches_stay_within_bounds(moves):
     while batch := line.take():
         taken += batch
     assert taken == given_
+
+
+@given(st.floats(0, 0.02), st.floats(1e-5, 0.02), st.integers(50, 400), st.floats(0.01, 0.2))
+def test_batches_grow_as_far_as_the_latency_target_allows_and_no_further(fixed_s, row_s, waiting, target_s):
+    """A model of stated cost under 10 times the load it can bear: a batch takes half of the target, or is one row."""
+    pace, line = Pace(), WaitingLine(max_batch_rows=1024, max_rows=10**6)
+    took = []
+    for _ in range(60):
+        for _ in range(waiting):
+            line.offer("a")
+        rows = len(line.take(pace.rows_within(target_s / 2)))
+        took.append((rows, fixed_s + rows * row_s))
+        pace.note(*took[-1])
+    for rows, seconds in took[40:]:
+        assert rows == 1 or seconds <= 2 * target_s / 2
+    bound = (target_s / 2 - fixed_s) / row_s
+    assert took[-1][0] >= min(waiting, bound / 4, 1024)
+
+
+def test_a_size_learned_from_a_slow_start_is_learned_again():
+    pace = Pace()
+    pace.note(1, 5.0)
+    assert pace.rows_within(0.025) == 1
+    for _ in range(120):
+        pace.note(1, 0.0001)
+    assert pace.rows_within(0.025) > 50
