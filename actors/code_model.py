@@ -131,13 +131,22 @@ def _net(net: Any, sealed: Envelope) -> Callable[[F32], Any]:
         except RuntimeError as err:
             raise ModelError(f"the weights do not fit {sealed.target}(): {' '.join(str(err).split())[:400]}") from err
     net = net.eval().requires_grad_(False)
-    call = torch.compile(net, dynamic=True) if sealed.compiled else net
+    call = _compiled(net) if sealed.compiled else net
 
     def run(x: F32) -> Any:
         with torch.inference_mode():
             return call(torch.from_numpy(x if x.flags.writeable else x.copy())).to(torch.float32).numpy()
 
     return run
+
+
+def _compiled(net: Any) -> Any:
+    """The net for any number of rows; it is compiled while the replica warms up."""
+    import torch
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # its pool of compilers takes every core of the host
+    return torch.compile(net, dynamic=True)
 
 
 def _told(run: Callable[[F32], Any], target: str) -> Callable[[F32], Any]:

@@ -134,6 +134,19 @@ def test_a_net_takes_its_weights_where_they_lie_and_answers_as_torch_does():
     assert held.data_ptr() % 4 == 0
 
 
+@pytest.mark.soak
+def test_a_compiled_net_answers_as_the_eager_one_whatever_the_number_of_rows():
+    weights = saved(torch.nn.ModuleDict({"line": torch.nn.Linear(3, 1)}))
+    eager, compiled = (
+        model_files.load(
+            envelope.pack(Envelope(form="code", target="n:Net", source=NET, payload=weights, compiled=how))
+        ).run
+        for how in (False, True)
+    )
+    for rows in (1, 2, 7, 64):
+        assert np.allclose(compiled(X[:rows]), eager(X[:rows]), atol=1e-6)
+
+
 def test_code_that_does_not_fit_is_told_with_its_name():
     def packed(**what):
         return envelope.pack(Envelope(form="code", **what))
