@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymill.actors import predictions
@@ -270,6 +270,7 @@ def test_each_models_predictions_go_to_the_lake_of_its_pipeline(tmp_path):
     assert found == {"taxi": ["a", "c"], "other": ["b"]}
 
 
+@settings(deadline=None)
 @given(
     batches=st.lists(
         st.lists(
