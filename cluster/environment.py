@@ -36,6 +36,9 @@ RETRIED_BODY_BYTES = 48 * 1024
 GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
 """Serve calls it with each gRPC server it starts, and opens no port for gRPC if it is told of none at its own start."""
 
+HELD_S = 60
+"""How long a request may wait for its answer, held while the first replica starts: it then gets a 408."""
+
 _FOREIGN = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -179,7 +182,7 @@ def serve_options(ports: Ports) -> dict[str, Any]:
     """The part of Serve's REST config that says where it listens; every PUT of the session repeats it."""
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": ports.serve},
+        "http_options": {"host": "127.0.0.1", "port": ports.serve, "request_timeout_s": HELD_S},
         "grpc_options": {"port": ports.grpc, "grpc_servicer_functions": [GRPC_SERVICER_FUNCTION]},
     }
 

@@ -20,11 +20,13 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from raymill.actors.autoscaling import autoscaling_config
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
 from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, reroute
+from raymill.actors.scaling import Scaling
 from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
@@ -151,9 +153,9 @@ def cluster():
 class Load:
     """Clients that predict without pause until told to stop; every error and every answer is kept."""
 
-    def __init__(self, url, clients=3, rows=16):
+    def __init__(self, url, clients=3, rows=16, pause_s=0.0):
         self.answers, self.errors, self.retried = {}, [], 0
-        self._stop, self._rows = threading.Event(), rows
+        self._stop, self._rows, self._pause_s = threading.Event(), rows, pause_s
         self._threads = [threading.Thread(target=self._run, args=(url, n)) for n in range(clients)]
 
     def __enter__(self):
@@ -169,7 +171,7 @@ class Load:
     def _run(self, url, number):
         with Client(url) as client:
             sent = 0
-            while not self._stop.is_set():
+            while not self._stop.wait(self._pause_s):
                 try:
                     answer = client.predict("taxi", trips(1_000_000 * (number + 1) + sent, self._rows))
                     self.answers |= {r["id"]: (r["version"], r["p"]) for r in answer.to_pylist()}
@@ -416,3 +418,51 @@ def test_an_answered_id_keeps_its_answer_over_kill_and_promotion(cluster):
         assert again.equals(first)
         endpoint.set_models([replace(spec(digests, v2=1.0))])
         assert client.predict("taxi", trips(1, 8), ids=[f"kept{i}" for i in range(8)]).equals(first)
+
+
+def test_requests_that_come_while_no_replica_runs_are_held_and_answered(cluster):
+    endpoint, digests, home = cluster
+    scaling = Scaling(fewest=0, most=1, p99_s=0.05, idle_s=0.5)
+    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}, autoscaling=autoscaling_config(scaling, None))
+    endpoint.deploy([spec(digests, v1=1.0)], placement)
+    wait_until(lambda: not endpoint.replicas())
+    found = Counter()
+
+    def call(n):
+        with Client(endpoint.url) as client:
+            answer = client.predict("taxi", trips(n, 4), ids=[f"held{n}.{i}" for i in range(4)]).to_pylist()
+            found[tuple(r["id"] == f"held{n}.{i}" for i, r in enumerate(answer)), answer[0]["version"]] += 1
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in range(30)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert found == {((True,) * 4, 1): 30}
+
+
+@pytest.mark.soak
+def test_replicas_come_with_the_load_and_go_with_it_and_no_request_fails(cluster):
+    endpoint, digests, home = cluster
+    scaling = Scaling(fewest=1, most=2, p99_s=0.002, cooldown_s=2.0)  # few callers are many
+    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}, autoscaling=autoscaling_config(scaling, None))
+    endpoint.deploy([spec(digests, v1=1.0)], placement)
+
+    def running():
+        return sum(r.state == "RUNNING" for r in endpoint.replicas())
+
+    with Load(endpoint.url, clients=4) as load:
+        wait_until(lambda: running() == 2)
+        endpoint.set_models([spec(digests, v2=1.0)])
+        assert running() == 2, "a change of versions keeps the number"
+    assert load.errors == [] and load.retried == 0
+    with Load(endpoint.url, clients=1, rows=1, pause_s=0.2) as load:
+        wait_until(lambda: running() == 1)
+    assert load.errors == [] and load.retried == 0
+
+
+def wait_until(so, seconds=90):
+    end = time.monotonic() + seconds
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.1)
