@@ -29,7 +29,7 @@ from raymill.actors.asgi import Reply
 from raymill.actors.door import PROXY_ALONE, Door
 from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
 from raymill.actors.lane import Ticket
-from raymill.actors.models import LoadedModel
+from raymill.actors.model_set import ModelSet
 from raymill.actors.open_inference_pb2 import (
     ModelInferResponse,
     ModelMetadataRequest,
@@ -75,17 +75,11 @@ class Service(Protocol):
     traces: Any
 
     @property
-    def is_ready(self) -> bool:
-        """Whether every model has a version that answers."""
+    def models(self) -> ModelSet:
+        """What is served."""
 
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
         """Have a call answered; `done` gets the reply on the event loop, perhaps before this returns."""
-
-    def model(self, name: str) -> LoadedModel:
-        """A served model; UnknownModel if there is none."""
-
-    def versions_of(self, name: str, version: str | None) -> LoadedModel:
-        """The same, and UnknownVersion if it has not that version."""
 
 
 _NO_TRACE: Mapping[str, str] = {}
@@ -116,7 +110,7 @@ class _Methods:
         unary = grpc.unary_unary_rpc_method_handler
         simple: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
             "ServerLive": (lambda _: ServerLiveResponse(live=True), ServerLiveRequest),
-            "ServerReady": (lambda _: ServerReadyResponse(ready=_service().is_ready), ServerReadyRequest),
+            "ServerReady": (lambda _: ServerReadyResponse(ready=_service().models.is_ready), ServerReadyRequest),
             "ServerMetadata": (lambda _: oip_grpc.server_metadata(), ServerMetadataRequest),
             "ModelReady": (_model_ready, ModelReadyRequest),
             "ModelMetadata": (_model_metadata, ModelMetadataRequest),
@@ -191,12 +185,12 @@ def _service() -> Service:
 
 
 def _model_ready(request: ModelReadyRequest) -> ModelReadyResponse:
-    model = _service().versions_of(request.name, request.version or None)
+    model = _service().models.with_version(request.name, request.version or None)
     return ModelReadyResponse(ready=model.is_ready(version_of(request.version or None)))
 
 
 def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:
-    model = _service().versions_of(request.name, request.version or None)
+    model = _service().models.with_version(request.name, request.version or None)
     return oip_grpc.model_metadata(model.spec, sorted(model.programs))
 
 

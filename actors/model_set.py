@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymill.actors.answering import version_of
 from raymill.actors.attempts import Attempts
 from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, KnownOnly, LoadedModel, Program, away
 from raymill.actors.residency import Resident, to_unload
 from raymill.actors.rollout import ModelSpec, from_user_config, generation
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
-from raymill.runtime.errors import ModelError, RequestError
+from raymill.runtime.errors import ModelError, RequestError, UnknownModel, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,34 @@ class ModelSet:
             programs = {r.version: self._program(model.spec, r.digest, again=True) for r in model.routes}
             self.models = {**self.models, name: replace(model, programs=programs)}
             _log.info("model %s is back in memory after %.2f s", name, time.monotonic() - began)
+
+    def named(self, name: str) -> LoadedModel:
+        """A served model.
+
+        Raises:
+            UnknownModel: there is none of that name.
+        """
+        model = self.models.get(name)
+        if model is None:
+            raise UnknownModel(f"there is no model {name!r} here: served are {sorted(self.models)}")
+        return model
+
+    def with_version(self, name: str, version: str | None) -> LoadedModel:
+        """A served model, which has that version if one is named.
+
+        Raises:
+            UnknownModel, UnknownVersion: it is not here.
+        """
+        model = self.named(name)
+        known = {*model.programs, *self.failures.get(name, {})}
+        if version is not None and version_of(version) not in known:
+            raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
+        return model
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model has a version that answers."""
+        return bool(self.models) and all(m.ready for m in self.models.values())
 
     def asked(self, name: str) -> None:
         """A model is being asked now."""

@@ -22,19 +22,14 @@ from typing import Any
 import uvicorn.config
 
 from raymill.actors import (
-    answering,
     asgi,
-    feature_answers,
     grpc_service,
     model_files,
-    oip,
-    openapi,
     selftest,
     serve_accounts,
     surroundings,
-    wire,
 )
-from raymill.actors.answering import Call, HttpCall, Write, version_of
+from raymill.actors.answering import Call, HttpCall, Write
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.door import Door
 from raymill.actors.endpoint import DEPLOYMENT
@@ -44,22 +39,19 @@ from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.model_set import ModelSet
-from raymill.actors.models import Answer, LoadedModel, Question
+from raymill.actors.models import Answer, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec, from_user_config
 from raymill.actors.rollout_watch import Reporter
+from raymill.actors.routes import Routes
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import (
-    NoSuchPath,
     RaymillError,
     Unavailable,
-    UnknownModel,
-    UnknownVersion,
-    WrongMethod,
 )
 from raymill.runtime.home import Home
 from raymill.runtime.ids import new_ids
@@ -98,19 +90,27 @@ class ServingReplica:
         self._lakes = Lakes(self._home, lambda *what, **narrowed: self._records.events(*what, **narrowed))
         sink = sink or LakeSink(self._lake_of, self._home.spool / "sink.lock", surroundings.observe)
         self._log = PredictionLog(self._home.spool, sink, replica=self.name)
-        self._models = ModelSet(
+        self.models = ModelSet(
             fetch=self._records.program,
             load=load or surroundings.load_program,
             open_reader=open_reader or partial(surroundings.open_features, self._home),
             measure=len if load else model_files.footprint,
             is_busy=lambda name: name in self._lanes and self._lanes[name].is_busy,
         )
-        self._readings = Readings(self._records, self._lakes)
         self._reporter = Reporter(self._home, control, self.name, self._report)
         self._changing, self._changes = asyncio.Lock(), set[asyncio.Task[None]]()
         self._lanes: dict[str, Lane] = {}
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._routes = Routes(
+            self.models,
+            Readings(self._records, self._lakes),
+            self._log,
+            predict=self._call,
+            reports=self._reporter.reports,
+            state=self._state,
+            thread=self._thread,
+        )
         self._started = False
         self._metrics: ReplicaMetrics | None = None
         self.traces: Any = None
@@ -156,7 +156,7 @@ class ServingReplica:
         from_user_config(config)
         await asyncio.get_running_loop().run_in_executor(None, self._reporter.start)
         change = asyncio.get_running_loop().create_task(self._apply(config))
-        if not self._models.generation or self._reporter.is_alone:
+        if not self.models.generation or self._reporter.is_alone:
             await change
         else:
             self._changes.add(change)
@@ -169,8 +169,8 @@ class ServingReplica:
 
     async def _apply(self, config: Mapping[str, Any]) -> None:
         async with self._changing:
-            await asyncio.get_running_loop().run_in_executor(None, self._models.apply, config)
-            for name, model in self._models.models.items():
+            await asyncio.get_running_loop().run_in_executor(None, self.models.apply, config)
+            for name, model in self.models.models.items():
                 self._lane(name, model.spec)
             self._reporter.now()
 
@@ -180,7 +180,7 @@ class ServingReplica:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             try:
-                reply = self.door.refusal_of(scope) or await self._reply(await asgi.read(scope, receive))
+                reply = self.door.refusal_of(scope) or await self._routes.reply(await asgi.read(scope, receive))
             except RaymillError as err:
                 reply = asgi.error_reply(err)
             except asgi.GoneAway:
@@ -205,7 +205,7 @@ class ServingReplica:
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
                 if gauges := surroundings.gauges_of_serve():
-                    self._metrics = ReplicaMetrics(self._load.reading, self._models.attempts.tallies, gauges)
+                    self._metrics = ReplicaMetrics(self._load.reading, self.models.attempts.tallies, gauges)
                     self._metrics.start(loop)
                 await send({"type": "lifespan.startup.complete"})
             else:
@@ -232,24 +232,6 @@ class ServingReplica:
         else:
             uvicorn.config.HTTP_PROTOCOLS["auto"] = self.fast.protocol  # type: ignore[assignment]
 
-    async def _reply(self, request: Request) -> Reply:
-        match request.parts:
-            case ("predict", name):
-                return await self._call(request, name, infer=False)
-            case ("v2", *rest):
-                return await self._oip(request, tuple(rest))
-            case ("raymill", *rest):
-                return await self._manage(request, tuple(rest))
-            case ("openapi.json",) if _only(request, "GET"):
-                return asgi.json_reply(openapi.document(m.spec for m in self._models.models.values()))
-            case ("docs",) if _only(request, "GET"):
-                return Reply(200, openapi.page(), "text/html; charset=utf-8", openapi.PAGE_HEADERS)
-            case ("healthz",):
-                return asgi.json_reply({"status": "ok"})
-            case ("",):
-                return asgi.json_reply({"name": "raymill", "version": oip.VERSION, "paths": PATHS})
-        raise NoSuchPath(f"there is nothing at {'/' + '/'.join(request.parts)!r}")
-
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
         """Have a call answered: `done` gets the reply on the event loop, perhaps before this returns.
 
@@ -258,7 +240,7 @@ class ServingReplica:
         if self.traces is not None:
             call, done = self.traces.follow(call, done)
         try:
-            model = self.model(call.model)
+            model = self.models.named(call.model)
             question, write = call.read(model, time.time_ns() // 1000)
             model.check(question)
             lane = self._lane(call.model, model.spec)
@@ -267,8 +249,7 @@ class ServingReplica:
             done(_failure(err, call.model))
             return None
 
-    async def _call(self, request: Request, name: str, *, infer: bool, version: str | None = None) -> Reply:
-        _only(request, "POST")
+    async def _call(self, request: Request, name: str, infer: bool, version: str | None) -> Reply:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         call = HttpCall(name, infer, version, request.headers, request.body)
         ticket = self.submit(call, lambda reply: None if future.done() else future.set_result(reply))
@@ -288,121 +269,30 @@ class ServingReplica:
                 max_rows=spec.max_queue_rows,
                 meter=self._load,
                 is_here=partial(self._is_here, name),
-                bring_back=partial(self._models.bring_back, name),
+                bring_back=partial(self.models.bring_back, name),
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         lane.target_s = spec.p99_ms / 1000
         return lane
 
     def _is_here(self, name: str) -> bool:
-        model = self._models.models.get(name)
+        model = self.models.models.get(name)
         return model is None or not model.is_away
 
     def _ask(self, name: str, batch: list[Question]) -> list[Answer | RaymillError]:
-        self._models.asked(name)
+        self.models.asked(name)
         if not self._is_here(name):  # it left between the lane's look and this one
-            self._models.bring_back(name)
-        model = self.model(name)
+            self.models.bring_back(name)
+        model = self.models.named(name)
         return model.ask(batch, self._log) if self.traces is None else self.traces.ask(model, batch, self._log)
-
-    def model(self, name: str) -> LoadedModel:
-        """A served model.
-
-        Raises:
-            UnknownModel: there is none of that name.
-        """
-        model = self._models.models.get(name)
-        if model is None:
-            raise UnknownModel(f"there is no model {name!r} here: served are {sorted(self._models.models)}")
-        return model
-
-    def versions_of(self, name: str, version: str | None) -> LoadedModel:
-        """A served model, which has that version if one is named.
-
-        Raises:
-            UnknownModel, UnknownVersion: it is not here.
-        """
-        model = self.model(name)
-        known = {*model.programs, *self._models.failures.get(name, {})}
-        if version is not None and version_of(version) not in known:
-            raise UnknownVersion(f"model {name!r} has no version {version!r} here: it has {sorted(model.programs)}")
-        return model
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every model has a version that answers."""
-        return bool(self._models.models) and all(m.ready for m in self._models.models.values())
 
     def _lake_of(self, model: str) -> Lake:
         """Where a model's predictions go; of one that is not served here (any more) the ledger knows it."""
-        served = self._models.models.get(model)
+        served = self.models.models.get(model)
         return self._lakes.of(model) if served is None else self._lakes.at(served.spec.stores)
 
-    async def _oip(self, request: Request, parts: tuple[str, ...]) -> Reply:
-        match parts:
-            case () if _only(request, "GET"):
-                return asgi.json_reply(oip.server_metadata())
-            case ("health", "live") if _only(request, "GET"):
-                return asgi.json_reply({"live": True})
-            case ("health", "ready") if _only(request, "GET"):
-                return asgi.json_reply({"ready": self.is_ready}, 200 if self.is_ready else 400)
-            case ("models", name):
-                return self._metadata(request, name, None)
-            case ("models", name, "ready"):
-                return self._ready(request, name, None)
-            case ("models", name, "infer"):
-                return await self._call(request, name, infer=True)
-            case ("models", name, "versions", version):
-                return self._metadata(request, name, version)
-            case ("models", name, "versions", version, "ready"):
-                return self._ready(request, name, version)
-            case ("models", name, "versions", version, "infer"):
-                return await self._call(request, name, infer=True, version=version)
-        raise NoSuchPath(f"there is nothing at {'/v2/' + '/'.join(parts)!r}")
-
-    def _metadata(self, request: Request, name: str, version: str | None) -> Reply:
-        _only(request, "GET")
-        model = self.versions_of(name, version)
-        document = oip.model_metadata(model.spec, sorted(model.programs))
-        if failed := self._models.failures.get(name, {}):
-            document["failed"] = {str(v): why for v, why in failed.items()}
-        return asgi.json_reply(document)
-
-    def _ready(self, request: Request, name: str, version: str | None) -> Reply:
-        _only(request, "GET")
-        ready = self.model(name).is_ready(version_of(version))
-        return asgi.json_reply({"name": name, "ready": ready}, 200 if ready else 400)
-
-    async def _manage(self, request: Request, parts: tuple[str, ...]) -> Reply:
-        loop = asyncio.get_running_loop()
-        match parts:
-            case ("replica",):
-                return asgi.json_reply(self._state())
-            case ("replicas",) if _only(request, "GET"):
-                found = await loop.run_in_executor(None, self._reporter.reports)
-                return asgi.json_reply({"replicas": [r.to_json() for r in found]})
-            case ("flush",) if _only(request, "POST"):
-                taken = await loop.run_in_executor(None, self._log.flush)
-                return asgi.json_reply({**self._state(), "flushed": taken})
-            case ("features", name) if _only(request, "POST"):
-                return await self._features(request, self.model(name))
-            case ("lineage", prediction) if _only(request, "GET"):
-                await loop.run_in_executor(None, self._log.flush)  # it may have been answered a moment ago
-                return asgi.json_reply(await loop.run_in_executor(None, self._readings.lineage, prediction))
-            case (what,) if (reading := self._readings.find(what)) is not None and _only(request, "GET"):
-                return asgi.json_reply(await loop.run_in_executor(None, reading, request.query))
-        raise NoSuchPath(f"there is nothing at {'/raymill/' + '/'.join(parts)!r}")
-
-    async def _features(self, request: Request, model: LoadedModel) -> Reply:
-        """Feature vectors of rows, as an Arrow stream."""
-        ages = feature_answers.wants_ages(request.query)
-        rows = answering.rows_of(request.body, request.headers, model.spec, time.time_ns() // 1000)
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, feature_answers.features_of, model, rows, ages)
-        return Reply(200, wire.write_stream(found), content_type=wire.ARROW_STREAM)
-
     def _report(self) -> Report:
-        models = self._models
+        models = self.models
         return Report(
             replica=self._reporter.replica,
             generation=models.generation,
@@ -418,14 +308,14 @@ class ServingReplica:
     def _state(self) -> dict[str, Any]:
         models = {
             name: {str(r.version): {"role": r.role, "weight": r.weight} for r in m.routes}
-            for name, m in self._models.models.items()
+            for name, m in self.models.models.items()
         }
         return {
             "replica": self.name,
             "pid": os.getpid(),
-            "generation": self._models.generation,
+            "generation": self.models.generation,
             "models": models,
-            "failures": self._models.failures,
+            "failures": self.models.failures,
             "fast_lane": {"open": not self.fast.reason, "reason": self.fast.reason, "requests": self.fast.requests},
             "log": {
                 "waiting_rows": self._log.waiting_rows,
@@ -433,33 +323,6 @@ class ServingReplica:
                 "last_error": self._log.last_error,
             },
         }
-
-
-PATHS = [
-    "GET /docs",
-    "GET /openapi.json",
-    "POST /predict/{model}",
-    "GET /v2",
-    "GET /v2/health/live",
-    "GET /v2/health/ready",
-    "GET /v2/models/{model}[/versions/{version}]",
-    "GET /v2/models/{model}[/versions/{version}]/ready",
-    "POST /v2/models/{model}[/versions/{version}]/infer",
-    "GET /raymill/models",
-    "GET /raymill/drift",
-    "GET /raymill/cost",
-    "GET /raymill/status",
-    "GET /raymill/lineage/{prediction}",
-    "GET /raymill/features[?name=|text=&tag=&owner=&column=]",
-    "GET /raymill/feature-lineage?column=|model=[&version=]",
-    "GET /raymill/freshness[?model=&at=]",
-    "GET /raymill/consistency[?model=]",
-    "GET /raymill/replica",
-    "GET /raymill/replicas",
-    "POST /raymill/features/{model}[?ages=1]",
-    "POST /raymill/flush",
-    "GET /healthz",
-]
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -472,12 +335,6 @@ def build(args: dict[str, Any]) -> Any:
         keys=args.get("keys", KeyPolicy.OFF),
         control=args.get("control"),
     )
-
-
-def _only(request: Request, method: str) -> bool:
-    if request.method != method:
-        raise WrongMethod(f"{'/' + '/'.join(request.parts)!r} takes {method}, not {request.method}")
-    return True
 
 
 def _finish(write: Write, done: Callable[[Reply], None], answer: Answer | Exception) -> None:

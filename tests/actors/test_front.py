@@ -169,7 +169,7 @@ def test_another_host_needs_a_key_and_this_one_does_not(front):
         caller.predict("selftest", [ROW])
     with Client(front.session.serve_url) as caller:
         assert caller.predict("selftest", [ROW]).num_rows == 1
-    assert front.replica.fast.requests >= 4
+    assert front.replica.fast.requests >= 2  # a refused one too, if its body came with its head
     assert httpx.get(f"{front.session.serve_url}/raymill/replica").status_code == 200
 
 

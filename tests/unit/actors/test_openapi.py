@@ -9,7 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from raymill.actors import openapi, serving
+from raymill.actors import openapi, routes
 from raymill.actors.rollout import ColumnForm
 from tests.unit.actors import serving_parts
 from tests.unit.actors.serving_parts import model
@@ -115,7 +115,7 @@ def test_entities_that_must_be_known_are_told():
 
 
 def test_every_path_of_the_endpoint_that_is_for_callers_is_described(document):
-    named = {re.sub(r"\[.*?\]", "", p.split()[1]) for p in serving.PATHS if "/raymill" not in p}
+    named = {re.sub(r"\[.*?\]", "", p.split()[1]) for p in routes.PATHS if "/raymill" not in p}
     named -= {"/docs", "/openapi.json", "/healthz"}
     of_taxi = {
         unquote(p).replace("/predict/taxi", "/predict/{model}").replace("/taxi/", "/{model}/")

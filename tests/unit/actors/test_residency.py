@@ -84,7 +84,7 @@ async def replica_of_three(home, records):
 
 
 def here(found):
-    return sorted(r.name for r in found._models.residents())
+    return sorted(r.name for r in found.models.residents())
 
 
 async def asked(client, name):
@@ -96,7 +96,7 @@ async def asked(client, name):
 async def test_models_take_turns_in_memory_and_every_caller_gets_its_own_models_answer(tmp_path):
     records = Counting()
     found = await replica_of_three(tmp_path, records)
-    assert here(found) == ["m3"] and found.is_ready  # those that are away are served all the same
+    assert here(found) == ["m3"] and found.models.is_ready  # those that are away are served all the same
     async with http(found) as client:
         for i in (1, 2, 3, 3, 1):
             answer = await asked(client, f"m{i}")

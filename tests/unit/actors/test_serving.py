@@ -184,8 +184,8 @@ def test_an_answer_that_is_not_finite_is_that_callers_error(run):
         return await client.post("/v2/models/taxi/infer", json={"inputs": [tensor]})
 
     async def test(found, client):
-        model_ = found._models.models["taxi"]
-        found._models.models["taxi"] = replace(model_, programs={1: ten_times})
+        model_ = found.models.models["taxi"]
+        found.models.models["taxi"] = replace(model_, programs={1: ten_times})
         return await asyncio.gather(*(infer(client, t) for t in (small, big, small)))
 
     answers = run(test, LIVE)

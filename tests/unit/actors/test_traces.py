@@ -195,7 +195,7 @@ def test_spans_go_to_the_collector_that_the_environment_names(monkeypatch):
 def test_a_caller_who_has_gone_is_told_of_after_a_while(run, monkeypatch):
     async def test(seen, client):
         monkeypatch.setattr(traces, "ABANDONED_S", 0.0)
-        lane = seen.replica._lane("taxi", seen.replica.model("taxi").spec)
+        lane = seen.replica._lane("taxi", seen.replica.models.named("taxi").spec)
         asked = asyncio.create_task(client.post("/predict/taxi", json=rows()))
         while not lane.line:
             await asyncio.sleep(0)

@@ -97,7 +97,7 @@ def test_sockets_of_haproxy_stay_within_what_a_unix_socket_may_be_named(tmp_path
 def test_serve_listens_on_loopback_on_the_head_only():
     assert serve_options(PORTS) == {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "http_options": {"host": "127.0.0.1", "port": 8000, "request_timeout_s": 60},
         "grpc_options": {
             "port": 9000,
             "grpc_servicer_functions": ["raymill.actors.grpc_service.add_to_server"],
