@@ -27,7 +27,7 @@ from raymill.actors.lake import Lake
 from raymill.actors.online import OnlineStore
 from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, reroute
 from raymill.actors.scaling import Scaling
-from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
+from raymill.cluster.environment import haproxy_files, kernels_version, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.client import Client
@@ -98,10 +98,12 @@ def version_of(told):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(kernels):
     root = Path(tempfile.mkdtemp(prefix="rmsv"))  # short: HAProxy's socket paths end at 107 characters
     ports = choose("auto")
     home = Home(root / "home")
+    home.root.mkdir()
+    home.kernels.symlink_to(kernels)
     events = {"trip": [1, 2], "zone": ["a", "a"], "miles": [1.0, 3.0]}
     OnlineStore(home.online, PLAN).ingest(
         "trips", pa.table(events | {"start": pa.array([AT - 5, AT - 4], pa.timestamp("us", "UTC"))})
@@ -133,7 +135,7 @@ def cluster():
             serve_options=serve_options(ports),
             headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
         )
-        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}))
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}))
         endpoint.records = HostRecords(host)
         endpoint.grpc_url = f"127.0.0.1:{ports.grpc}"
         endpoint.metrics_url = f"http://127.0.0.1:{told['metrics_port']}/metrics"
@@ -377,7 +379,7 @@ def test_new_code_comes_up_beside_the_old_and_no_request_is_dropped(cluster):
     for caller in callers:
         caller.start()
     try:
-        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels), "CODE": "new"}))
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version()), "CODE": "new"}))
         end = time.monotonic() + 40
         while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in before):
             time.sleep(0.2)
@@ -423,7 +425,7 @@ def test_an_answered_id_keeps_its_answer_over_kill_and_promotion(cluster):
 def test_requests_that_come_while_no_replica_runs_are_held_and_answered(cluster):
     endpoint, digests, home = cluster
     scaling = Scaling(fewest=0, most=1, p99_s=0.05, idle_s=0.5)
-    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}, autoscaling=autoscaling_config(scaling, None))
+    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}, autoscaling=autoscaling_config(scaling, None))
     endpoint.deploy([spec(digests, v1=1.0)], placement)
     wait_until(lambda: not endpoint.replicas())
     found = Counter()
@@ -445,7 +447,7 @@ def test_requests_that_come_while_no_replica_runs_are_held_and_answered(cluster)
 def test_replicas_come_with_the_load_and_go_with_it_and_no_request_fails(cluster):
     endpoint, digests, home = cluster
     scaling = Scaling(fewest=1, most=2, p99_s=0.002, cooldown_s=2.0)  # few callers are many
-    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels)}, autoscaling=autoscaling_config(scaling, None))
+    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}, autoscaling=autoscaling_config(scaling, None))
     endpoint.deploy([spec(digests, v1=1.0)], placement)
 
     def running():

@@ -53,9 +53,11 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory):
+def host(tmp_path_factory, kernels):
     """A host whose cluster is up for all tests of the session that ask for it."""
     made = Host(tmp_path_factory.mktemp("loop"))
+    made.home.mkdir()
+    (made.home / "kernels").symlink_to(kernels)
     made.raymill("up", "--ports", "auto")
     yield made
     made.raymill("down")

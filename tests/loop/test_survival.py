@@ -29,12 +29,6 @@ ACTORS = {
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """Compiled kernels, which may be lost and so may be shared: compiled once for all tests."""
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture
 def place(tmp_path, kernels):
     """Makes hosts; nothing of theirs is left running."""
