@@ -97,6 +97,11 @@ def version_of(told):
     return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})
 
 
+def compiled(home):
+    """The environment of a replica that finds its kernels where `raymill up` has them."""
+    return {"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}
+
+
 @pytest.fixture(scope="module")
 def cluster(kernels):
     root = Path(tempfile.mkdtemp(prefix="rmsv"))  # short: HAProxy's socket paths end at 107 characters
@@ -135,7 +140,7 @@ def cluster(kernels):
             serve_options=serve_options(ports),
             headers=lambda: {"Authorization": "Bearer a-token-of-this-test-alone-0123456789"},
         )
-        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}))
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env=compiled(home)))
         endpoint.records = HostRecords(host)
         endpoint.grpc_url = f"127.0.0.1:{ports.grpc}"
         endpoint.metrics_url = f"http://127.0.0.1:{told['metrics_port']}/metrics"
@@ -379,7 +384,7 @@ def test_new_code_comes_up_beside_the_old_and_no_request_is_dropped(cluster):
     for caller in callers:
         caller.start()
     try:
-        endpoint.deploy([spec(digests, v1=1.0)], Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version()), "CODE": "new"}))
+        endpoint.deploy([spec(digests, v1=1.0)], Placement(env=compiled(home) | {"CODE": "new"}))
         end = time.monotonic() + 40
         while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in before):
             time.sleep(0.2)
@@ -425,7 +430,7 @@ def test_an_answered_id_keeps_its_answer_over_kill_and_promotion(cluster):
 def test_requests_that_come_while_no_replica_runs_are_held_and_answered(cluster):
     endpoint, digests, home = cluster
     scaling = Scaling(fewest=0, most=1, p99_s=0.05, idle_s=0.5)
-    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}, autoscaling=autoscaling_config(scaling, None))
+    placement = Placement(env=compiled(home), autoscaling=autoscaling_config(scaling, None))
     endpoint.deploy([spec(digests, v1=1.0)], placement)
     wait_until(lambda: not endpoint.replicas())
     found = Counter()
@@ -447,7 +452,7 @@ def test_requests_that_come_while_no_replica_runs_are_held_and_answered(cluster)
 def test_replicas_come_with_the_load_and_go_with_it_and_no_request_fails(cluster):
     endpoint, digests, home = cluster
     scaling = Scaling(fewest=1, most=2, p99_s=0.002, cooldown_s=2.0)  # few callers are many
-    placement = Placement(env={"NUMBA_CACHE_DIR": str(home.kernels / kernels_version())}, autoscaling=autoscaling_config(scaling, None))
+    placement = Placement(env=compiled(home), autoscaling=autoscaling_config(scaling, None))
     endpoint.deploy([spec(digests, v1=1.0)], placement)
 
     def running():
