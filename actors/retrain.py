@@ -162,7 +162,16 @@ class Looked:
     evidence: CanaryEvidence
 
 
-Fact = Watched | Asked | Trained | TrainingFailed | Judged | Looked
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """Fact: a canary that was to be promoted had just been taken out of the replicas (it erred, it was slow)."""
+
+    version: int
+    at: int
+    reason: str
+
+
+Fact = Watched | Asked | Trained | TrainingFailed | Judged | Looked | Withdrawn
 Outcome = Literal["promoted", "rolled_back", "rejected", "failed"]
 
 
@@ -241,6 +250,9 @@ def step(state: State, fact: Fact, rules: RetrainRules) -> State:
         case Looked(evidence=e) if state.phase is Phase.CANARY and e.version == state.version:
             outcome, why = judge_canary(e, state.canary_from or e.start_at, rules)
             return state if outcome == "wait" else _ended(state, outcome, e.end_at, why, rules)
+        case Withdrawn() if state.history and state.history[-1]["version"] == fact.version:
+            entry = {**state.history[-1], "outcome": "rolled_back", "outcome_at": fact.at, "why": fact.reason}
+            return replace(state, history=(*state.history[:-1], entry))
         case _:
             return state
 

@@ -26,12 +26,13 @@ from raymill.actors.retrain import (
     Trained,
     TrainingFailed,
     Watched,
+    Withdrawn,
 )
 from raymill.actors.training_data import columns_of
 from raymill.jobs.feature_watch import check_period
 from raymill.jobs.run import Run
 from raymill.jobs.world import World
-from raymill.runtime.errors import TrainingError
+from raymill.runtime.errors import Conflict, TrainingError
 from raymill.runtime.expressions import duration_us
 from raymill.runtime.messages import EpochMetrics, ModelVersion, Stage, TrainingSet, TrainResult
 
@@ -108,13 +109,13 @@ class Correction:
 
     def _carry_out(self) -> None:
         while self.state.due:
-            follow: Fact | None = None
+            found: list[Fact | None] = []
             for instruction in self.state.due:
                 self._say(f"{instruction.do.replace('_', ' ')}: {instruction.reason}")
-                follow = getattr(self, f"_{instruction.do}")(instruction)
+                found.append(getattr(self, f"_{instruction.do}")(instruction))
             self.state = retrain.done(self.state)
-            if follow is not None:
-                self.state = retrain.step(self.state, follow, self._rules)
+            for fact in found:
+                self.state = self.state if fact is None else retrain.step(self.state, fact, self._rules)
             self._save()
 
     def _train_candidate(self, what: Instruction) -> Fact:
@@ -155,9 +156,16 @@ class Correction:
         self._world.records.start_canary(self.state.model, what.version, reason=what.reason, at=what.at)
         self._world.serve_present_versions()
 
-    def _promote(self, what: Instruction) -> None:
-        self._world.records.promote(self.state.model, what.version, reason=what.reason, at=what.at)
+    def _promote(self, what: Instruction) -> Fact | None:
+        try:
+            version = self._world.records.promote(self.state.model, what.version, reason=what.reason, at=what.at)
+        except Conflict:
+            version = self._world.records.get(self.state.model, what.version)
+            if version.stage is not Stage.REJECTED:
+                raise
+            return Withdrawn(version=version.version, at=what.at, reason=str(version.history[-1]["reason"]))
         self._world.serve_present_versions()
+        return None
 
     def _roll_back(self, what: Instruction) -> None:
         self._world.records.reject(self.state.model, what.version, reason=what.reason, at=what.at)

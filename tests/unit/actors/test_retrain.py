@@ -18,6 +18,7 @@ from raymill.actors.retrain import (
     Trained,
     TrainingFailed,
     Watched,
+    Withdrawn,
     done,
     step,
     why_not,
@@ -142,6 +143,15 @@ def test_a_promotion_still_due_is_not_lost_when_the_next_retrain_begins():
     assert todo(step(promoted, Watched(verdict=verdict(60)), RULES)) == ["promote", "train_candidate"]
 
 
+def test_a_canary_taken_out_just_before_its_promotion_was_rolled_back_and_may_be_told_twice():
+    withdrawn = Withdrawn(version=3, at=34 * DAY, reason="automatic: it errs")
+    state = step(done(step(in_canary(), look(34), RULES)), withdrawn, RULES)
+    assert (state.phase, todo(state)) == (Phase.WATCHING, [])
+    assert (state.history[-1]["outcome"], state.history[-1]["why"]) == ("rolled_back", "automatic: it errs")
+    assert step(state, withdrawn, RULES) == state
+    assert step(state, Withdrawn(version=2, at=35 * DAY, reason="x"), RULES) == state
+
+
 facts = st.lists(
     st.sampled_from(
         [
@@ -155,6 +165,7 @@ facts = st.lists(
             look(30),
             look(34),
             look(34, low=1.0),
+            Withdrawn(version=3, at=34 * DAY, reason="it errs"),
         ]
     ),
     max_size=12,
