@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import peer_environment, progress
+from benchmarks.endpoint_host import hosted
+from benchmarks.harness import progress
 from benchmarks.open_loop import OpenLoop, Sent
-from benchmarks.serving import TOKEN, process
 from raymill.actors.endpoint import APART_S, Endpoint, Placement
 from raymill.actors.rollout import ModelSpec, Role, Route, reroute
 from raymill.actors.surroundings import load_program
-from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
-from raymill.cluster.ports import choose
-from raymill.runtime.home import Home
 from raymill.runtime.messages import ModelVersion, Stage
 
 MODEL = "bench"
@@ -134,43 +129,17 @@ def watched(name: str, act: Callable[[int], float], *, rate: float, requests: in
 @contextmanager
 def session() -> Iterator[Session]:
     """A session of its own, gone afterwards."""
-    root = Path(tempfile.mkdtemp(prefix="rmb"))  # short: HAProxy's socket paths end at 107 characters
-    ports, home = choose("auto"), Home(root / "home")
-    environment = {
-        **peer_environment(HOME=str(root), PYTHONPATH=str(Path(__file__).parents[1])),
-        **serve_environment(ports),
-        **haproxy_files(root),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(root / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-    }
-    (root / "token").write_text(TOKEN)
-    files = _models(root)
-    x, expected = _inputs(files[:2])
-    host = Path(__file__).with_name("serving_host.py")
-    command = [sys.executable, str(host), str(home.root), str(ports.dashboard), *map(str, files)]
-    try:
-        with process(command, environment, root) as started:
-            assert started.stdout is not None
-            digests = json.loads(started.stdout.readline())["digests"]
-            records = _Records(started)
-            endpoint = Endpoint(
-                f"http://127.0.0.1:{ports.dashboard}",
-                home,
-                url=f"http://127.0.0.1:{ports.serve}",
-                serve_options=serve_options(ports),
-                headers=lambda: {"Authorization": f"Bearer {TOKEN}"},
-            )
-            routes = [Route(version=v, digest=d, role=Role.LIVE) for v, d in enumerate(digests, start=1)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = _models(Path(folder))
+        x, expected = _inputs(files[:2])
+        with hosted(files) as host:
+            routes = [Route(version=v, digest=d, role=Role.LIVE) for v, d in enumerate(host.digests, start=1)]
             inputs = tuple(f"f{i}" for i in range(WIDTH))
             spec = ModelSpec(name=MODEL, label="p", inputs=inputs, routes=tuple(routes))
-            found = Session(endpoint, records, root, x, expected, spec)
-            records.promote(MODEL, 1, reason="benchmark")
-            endpoint.deploy([found.present()], Placement())
+            found = Session(host.endpoint, _Records(host.process), host.root, x, expected, spec)
+            found.records.promote(MODEL, 1, reason="benchmark")
+            found.endpoint.deploy([found.present()], Placement())
             yield found
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 class _Records:

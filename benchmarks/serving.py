@@ -12,13 +12,10 @@ thread. `--quick`: two repetitions of 2 s each, without 400 clients.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -30,19 +27,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import orjson
-import psutil
 
 from benchmarks import grpc_load, harness
+from benchmarks.endpoint_host import hosted, process
 from benchmarks.harness import Figures, Outcome, compare, peer_environment, peer_python
-from raymill.actors.endpoint import Endpoint, Placement
+from raymill.actors.endpoint import Placement
 from raymill.actors.open_inference_pb2 import ModelInferRequest
 from raymill.actors.rollout import ModelSpec, Role, Route
-from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
+from raymill.cluster.environment import haproxy_files, serve_environment
 from raymill.cluster.ports import choose
-from raymill.runtime.home import Home
 
 WIDTH = 30
-TOKEN = "a-token-of-this-benchmark-alone-0123456789"
 FAST_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 BARS = {
     "rps_c100_vs_mosec": 1.3,
@@ -185,32 +180,6 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@contextmanager
-def process(command: list[str], environment: Mapping[str, str], mark: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process; at the end its stdin closes, and what is still there of it, known by `mark`, is killed."""
-    log = open(mark / "log.txt", "a")  # noqa: SIM115
-    started = subprocess.Popen(
-        command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=mark
-    )
-    try:
-        yield started
-    finally:
-        family = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
-        assert started.stdin is not None
-        started.stdin.close()
-        try:
-            started.wait(40 if "serving_host" in " ".join(command) or "/serve/" in " ".join(command) else 0.2)
-        except subprocess.TimeoutExpired:
-            started.terminate()
-        marked = [p for p in psutil.process_iter(["cmdline"]) if str(mark) in " ".join(p.info["cmdline"] or [])]
-        for left in {*family, *marked}:
-            if left.is_running() and left.pid != os.getpid():
-                left.kill()
-        started.kill()
-        started.wait()
-        log.close()
-
-
 def wait_for(url: str, body: bytes, mark: Path, *, seconds: float = 90) -> None:
     """Until a request is answered with 200."""
     end = time.monotonic() + seconds
@@ -247,41 +216,16 @@ def peer(name: str, folder: Path, **variables: str) -> Iterator[Up]:
 @contextmanager
 def endpoint(folder: Path) -> Iterator[Up]:
     """Ours, on a cluster of its own; its public ports."""
-    root = Path(tempfile.mkdtemp(prefix="rmb"))  # short: HAProxy's socket paths end at 107 characters
-    ports, home = choose("auto"), Home(root / "home")
-    environment = {
-        **peer_environment(HOME=str(root), PYTHONPATH=str(Path(__file__).parents[1])),
-        **serve_environment(ports),
-        **haproxy_files(root),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(root / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-    }
-    (root / "token").write_text(TOKEN)
-    host = Path(__file__).with_name("serving_host.py")
-    command = [sys.executable, str(host), str(home.root), str(ports.dashboard), str(folder / "model.ubj")]
-    try:
-        with process(command, environment, root) as started:
-            assert started.stdout is not None
-            digest = json.loads(started.stdout.readline())["digest"]
-            found = Endpoint(
-                f"http://127.0.0.1:{ports.dashboard}",
-                home,
-                url=f"http://127.0.0.1:{ports.serve}",
-                serve_options=serve_options(ports),
-                headers=lambda: {"Authorization": f"Bearer {TOKEN}"},
-            )
-            inputs = tuple(f"f{i}" for i in range(WIDTH))
-            route = Route(version=1, digest=digest, role=Role.LIVE)
-            found.deploy([ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))], Placement())
-            wait_for(f"{found.url}/v2/models/bench/infer", (folder / "row.json").read_bytes(), root)
-            yield Up(found.url, _answering(ports.grpc, folder))
-            state = httpx.get(f"{found.url}/raymill/replica").json()["fast_lane"]
-            if not state["open"]:
-                raise RuntimeError(f"the fast lane was shut: {state['reason']}")
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with hosted([folder / "model.ubj"]) as host:
+        found = host.endpoint
+        inputs = tuple(f"f{i}" for i in range(WIDTH))
+        route = Route(version=1, digest=host.digests[0], role=Role.LIVE)
+        found.deploy([ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))], Placement())
+        wait_for(f"{found.url}/v2/models/bench/infer", (folder / "row.json").read_bytes(), host.root)
+        yield Up(found.url, _answering(host.grpc_port, folder))
+        state = httpx.get(f"{found.url}/raymill/replica").json()["fast_lane"]
+        if not state["open"]:
+            raise RuntimeError(f"the fast lane was shut: {state['reason']}")
 
 
 def body(quick: bool) -> Outcome:

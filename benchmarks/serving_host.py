@@ -32,7 +32,7 @@ def main(home: str, dashboard_port: int, models: list[Path]) -> None:
         ray.get(records.register.remote("bench", "model", path.read_bytes(), None, path.name, {}, 0.5))
         for path in models
     ]
-    print(json.dumps({"digest": versions[0].digest, "digests": [v.digest for v in versions]}), flush=True)
+    print(json.dumps({"digests": [v.digest for v in versions]}), flush=True)
     for line in sys.stdin:
         method, arguments, named = json.loads(line)
         answer = ray.get(getattr(records, method).remote(*arguments, **named))
