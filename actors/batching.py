@@ -95,10 +95,17 @@ class Pace:
     def rows_within(self, seconds: float) -> float:
         """Rows that are expected to take no longer together: at least 1, infinitely many before anything is known.
 
-        It goes from the largest size that does, and takes each further row to cost as much as one of those.
+        It goes from the largest size that does, in a straight line to the next larger one that is known; where none is,
+        each further row is taken to cost as much as one of those, or twice as many rows are tried: with a cost a batch,
+        however few its rows, they may take hardly longer.
         """
-        known = [(size, took) for size, took in self._seconds.items() if took <= seconds]
-        if not known:
+        fitting = [size for size, took in self._seconds.items() if took <= seconds]
+        if not fitting:
             return 1 if self._seconds else math.inf
-        size, took = max(known)
-        return max(1, self._rows[size] * seconds // max(took, 1e-9))
+        size = max(fitting)
+        rows, took = self._rows[size], self._seconds[size]
+        beyond = min((s for s in self._seconds if s > size), default=None)
+        if beyond is None:
+            return max(2 * rows, rows * seconds // max(took, 1e-9)) // 1
+        more = (self._rows[beyond] - rows) * (seconds - took) / (self._seconds[beyond] - took)
+        return max(1, (rows + more) // 1)
