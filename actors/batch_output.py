@@ -14,10 +14,10 @@ Invariants
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from raymill.runtime.errors import StoreError
 
+T = TypeVar("T")
 PLAN, MANIFEST, REJECTS, PIECES = "_plan.json", "_manifest.json", "_rejects", "_pieces"
 
 
@@ -41,12 +42,7 @@ class Output:
         Raises:
             StoreError: the place can not be read.
         """
-        with _as_store_error(self.place, "read"):
-            filesystem, root = self._opened()
-            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-                return None
-            with filesystem.open_input_file(f"{root}/{name}") as opened:
-                return bytes(opened.read()).decode()
+        return self._read(name, lambda opened: bytes(opened.read()).decode())
 
     def write(self, name: str, text: str) -> None:
         """Write a text.
@@ -62,12 +58,7 @@ class Output:
         Raises:
             StoreError: the place can not be read.
         """
-        with _as_store_error(self.place, "read"):
-            filesystem, root = self._opened()
-            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
-                return None
-            with filesystem.open_input_file(f"{root}/{name}") as opened:
-                return int(pq.ParquetFile(opened).metadata.num_rows)
+        return self._read(name, lambda opened: int(pq.ParquetFile(opened).metadata.num_rows))
 
     def write_rows(self, name: str, rows: pa.Table) -> None:
         """Write a part.
@@ -88,6 +79,14 @@ class Output:
         with _as_store_error(self.place, "look at"):
             filesystem, root = self._opened()
             return not filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+
+    def _read(self, name: str, read: Callable[[Any], T]) -> T | None:
+        with _as_store_error(self.place, "read"):
+            filesystem, root = self._opened()
+            if filesystem.get_file_info(f"{root}/{name}").type != pafs.FileType.File:
+                return None
+            with filesystem.open_input_file(f"{root}/{name}") as opened:
+                return read(opened)
 
     def _write(self, name: str, data: Any) -> None:
         with _as_store_error(self.place, "write to"):
