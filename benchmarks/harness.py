@@ -159,17 +159,23 @@ def host() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "python": platform.python_version(), "versions": found}
 
 
-def main(claim: str, body: Callable[[bool], Outcome], argv: Sequence[str] | None = None) -> None:
-    """Command line of a claim: `--quick`; measures under the lock, prints a table and the JSON line."""
+def main(claim: str, body: Callable[..., Outcome], argv: Sequence[str] | None = None, **choices: Sequence[str]) -> None:
+    """Command line of a claim: `--quick`; measures under the lock, prints a table and the JSON line.
+
+    Each of `choices` is an option that takes some of its values, all by default, and an argument of `body`.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{claim}")
     parser.add_argument("--quick", action="store_true", help="the shortest run that still means something")
-    quick = parser.parse_args(argv).quick
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="*", choices=values, default=values, help="some of these; else all")
+    told = vars(parser.parse_args(argv))
+    quick = told["quick"]
     with machine_lock() as waited_s:
         load = [round(x, 2) for x in os.getloadavg()]
         if load[0] > 0.5 * (os.cpu_count() or 1):
             progress(f"the machine is not idle: load {load}")
         begun = time.monotonic()
-        outcome = body(quick)
+        outcome = body(**told)
         seconds = time.monotonic() - begun
     document = {
         "claim": claim,
