@@ -2,25 +2,46 @@
 
 A version takes traffic before the registry calls it live or canary, never after: one that does not load stays a
 candidate, and what was served goes on. Every step may be done again.
+
+The replica that comes up for it has a grant of the pool's scheduler, as a pipeline's have; what is put beside what is
+served already needs none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.named_inputs import spec_alone
 from raymill.actors.rollout import ModelSpec
 from raymill.jobs.model_target import Target
-from raymill.runtime.errors import Conflict, ModelError, Usage
-from raymill.runtime.messages import ModelVersion, Stage
+from raymill.runtime.errors import Conflict, ModelError, RaymillError, Usage
+from raymill.runtime.messages import Granted, Lease, LeaseRequest, ModelVersion, Purpose, Stage
 
+
+class Scheduler(Protocol):
+    """The pool's scheduler, as far as it is needed here."""
+
+    def grant(self, request: LeaseRequest) -> Granted:
+        """Leases for replicas."""
+
+    def leases(self, owner: str) -> list[Lease]:
+        """What the owner holds."""
+
+    def release(self, lease_ids: Sequence[str], reason: str) -> None:
+        """Give back."""
+
+
+OWNER = "serve"
+"""Owner of the grant of replicas that no pipeline asked for."""
 _BY = "raymill serve"
 
 
-def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placement, *, promote: bool) -> ModelVersion:
+def put_up(
+    target: Target, records: Any, endpoint: Endpoint, scheduler: Scheduler, placement: Placement, *, promote: bool
+) -> ModelVersion:
     """Serve the target beside what is served already; the version that it is then.
 
     The first version of a name is live; another file under it becomes the next version, a canary, or live at once
@@ -29,6 +50,7 @@ def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placemen
     Raises:
         Usage: its inputs are not those of the versions that are served.
         Conflict: the name is a pipeline's, or the version was taken out before.
+        LeaseError: the quota allows no replica.
         ModelError: the replicas can not load it; what was served goes on.
     """
     with endpoint.turn():
@@ -37,20 +59,33 @@ def put_up(target: Target, records: Any, endpoint: Endpoint, placement: Placemen
         mine = records.register(target.name, target.kind, target.data, None, "", {}, 0.5)
         stages = plan_stages(records.versions(target.name), mine.version, promote=promote)
         spec = spec_alone(target.name, target.inputs, stages)
-        _deploy(endpoint, [m for m in served if m.name != target.name] + [spec], None if served else placement)
+        models = [m for m in served if m.name != target.name] + [spec]
+        if served:
+            endpoint.set_models(models)
+        else:
+            _deploy(endpoint, scheduler, models, placement)
         return _set_stages(records, stages, mine.version)
 
 
-def _deploy(endpoint: Endpoint, models: list[ModelSpec], placement: Placement | None) -> None:
-    """Change what is served; with a placement nothing is yet, and nothing stays if that fails."""
-    if placement is None:
-        endpoint.set_models(models)
-        return
+def _deploy(endpoint: Endpoint, scheduler: Scheduler, models: list[ModelSpec], placement: Placement) -> None:
+    """Bring the application up under a grant; nothing of both stays if that fails."""
+    resources = {"CPU": placement.cpus, **placement.resources}
+    count = placement.replicas
+    wanted = LeaseRequest(owner=OWNER, purpose=Purpose.SERVING, count=count, min_count=1, resources=resources)
+    granted = scheduler.grant(wanted)
     try:
-        endpoint.deploy(models, placement)
-    except ModelError:
-        endpoint.delete()
+        endpoint.deploy(models, replace(placement, replicas=len(granted.leases)))
+    except RaymillError as err:
+        if isinstance(err, ModelError):
+            endpoint.delete()
+        give_up_grant(scheduler, reason=f"its replicas did not come up: {err.message[:200]}")
         raise
+
+
+def give_up_grant(scheduler: Scheduler, *, reason: str) -> None:
+    """Release what replicas without a pipeline were granted; nothing where there is nothing."""
+    if held := scheduler.leases(OWNER):
+        scheduler.release([lease.lease_id for lease in held], reason)
 
 
 def plan_stages(versions: Sequence[ModelVersion], version: int, *, promote: bool) -> list[ModelVersion]:

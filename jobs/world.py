@@ -12,11 +12,10 @@ from raymill.actors.data import DataActor
 from raymill.actors.drift import DriftMonitor
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.feature_plan import FeaturePlan
-from raymill.actors.gang import NodeKind
 from raymill.actors.lakes import stores_declared
 from raymill.actors.ranks import Owner
 from raymill.actors.rollout import ModelSpec, from_user_config, spec_of
-from raymill.actors.scheduler import MAX_CONCURRENCY, GpuPoolScheduler, RemoteScheduler
+from raymill.actors.scheduler import RemoteScheduler
 from raymill.actors.sources import read_rows
 from raymill.actors.training import Gang
 from raymill.cluster.nodes import ClusterActor
@@ -25,9 +24,11 @@ from raymill.cluster.spec import ClusterConfig
 from raymill.jobs import pipeline_file
 from raymill.jobs.feature_actors import spawn_features
 from raymill.jobs.planning import refuse_local_stores, refuse_other_host, replica_options, scaling_of
+from raymill.jobs.pool import scheduler_of
 from raymill.jobs.reach import client_of, endpoint_of
 from raymill.jobs.replay import Recording
 from raymill.jobs.run import Run
+from raymill.jobs.serving_alone import give_up_grant
 from raymill.runtime.client import Client
 from raymill.runtime.errors import Unavailable
 from raymill.runtime.home import Home
@@ -74,6 +75,7 @@ class World:
         scaling = scaling_of(serve)
         scaled = autoscaling_config(scaling, wanted) if scaling else {}
         self.endpoint.deploy(models, Placement(replicas=len(granted.leases), autoscaling=scaled, **where))
+        give_up_grant(self.scheduler, reason=f"the replicas are those of {name} now")
 
     def serve_present_versions(self) -> None:
         """Bring the replicas to what the registry says: live, canary, their shares of the traffic."""
@@ -112,8 +114,7 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
     place = on_head()
     handles = [spawn(RecordsActor, str(home.root), name="records", **place)]
     records.append([stores_declared(pipeline, run.id)])
-    kinds = node_kinds(config) if config and session.has_autoscaler else ()
-    handles.append(spawn(GpuPoolScheduler, records, kinds, name="scheduler", max_concurrency=MAX_CONCURRENCY, **place))
+    scheduler = scheduler_of(session)
     cluster = None
     if session.managed and config is not None:
         handles.append(spawn(ClusterActor, str(home.root), config, records, name="cluster", **place))
@@ -137,7 +138,6 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
     ]
     for handle in handles:
         ask(handle.health.remote())  # an actor that could not start says here why
-    scheduler = RemoteScheduler()
     return World(
         pipeline=pipeline,
         session=session,
@@ -163,11 +163,3 @@ def build_world(pipeline: Pipeline, session: Session, config: ClusterConfig | No
 def recorded(pipeline: Pipeline) -> Recording:
     """The pipeline's recorded rows, read by its sources' `read`."""
     return Recording(pipeline, {s.name: read_rows(s) for s in pipeline.sources})
-
-
-def node_kinds(config: ClusterConfig) -> tuple[NodeKind, ...]:
-    """What the autoscaler may launch, in the scheduler's words."""
-    return tuple(
-        NodeKind(name=name, market=kind.market, resources=dict(kind.resources), max_nodes=kind.max_workers)
-        for name, kind in config.node_types.items()
-    )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from raymill.jobs.cli.output import AsJson, emit, err, out
 from raymill.jobs.cli.records import join, open_records, running_session
+from raymill.runtime.api_keys import KEY_VARIABLE, KeyPolicy
 from raymill.runtime.errors import Conflict
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def serve(
     session = found or _start(port)
     try:
         version = _put_up(read, session, promote)
-        document = describe(read, version, session.serve_url)
+        document = describe(read, version, session.serve_url, with_key=session.keys is KeyPolicy.ALL)
         emit(document, as_json, lambda: _print(document, ends_here=found is None and not detach))
         if found is None and not detach:
             out.file.flush()
@@ -60,8 +61,12 @@ def serve(
         _end(session)
 
 
-def describe(target: Target, version: ModelVersion, url: str) -> dict[str, Any]:
-    """What a caller needs to know, and requests of the right width to paste."""
+def describe(target: Target, version: ModelVersion, url: str, *, with_key: bool = False) -> dict[str, Any]:
+    """What a caller needs to know, and requests of the right width to paste.
+
+    Where the endpoint asks everybody `with_key`, they take it from the environment: a key is printed by nobody but
+    whoever makes it.
+    """
     rows = {"rows": [dict.fromkeys(target.inputs, 0.0)]}
     tensor = {
         "name": "features",
@@ -77,13 +82,18 @@ def describe(target: Target, version: ModelVersion, url: str) -> dict[str, Any]:
         "kind": target.kind,
         "inputs": list(target.inputs),
         "url": url,
-        "curl": {"by name": _curl(predict, rows), "vectors": _curl(infer, {"inputs": [tensor]})},
+        "key": f"export {KEY_VARIABLE}=$(raymill keys create me)" if with_key else None,
+        "curl": {
+            "by name": _curl(predict, rows, with_key=with_key),
+            "vectors": _curl(infer, {"inputs": [tensor]}, with_key=with_key),
+        },
     }
 
 
-def _curl(url: str, body: dict[str, Any]) -> str:
+def _curl(url: str, body: dict[str, Any], *, with_key: bool) -> str:
     text = json.dumps(body, ensure_ascii=False).replace("'", "\\u0027")
-    return f"curl -s {url} -H 'content-type: application/json' -d '{text}'"
+    key = f' -H "authorization: Bearer ${KEY_VARIABLE}"' if with_key else ""
+    return f"curl -s {url}{key} -H 'content-type: application/json' -d '{text}'"
 
 
 def _start(port: int | None) -> Session:
@@ -113,6 +123,7 @@ def _end(session: Session) -> None:
 def _put_up(target: Target, session: Session, promote: bool) -> ModelVersion:
     join(session)
     from raymill.actors.endpoint import Placement
+    from raymill.jobs.pool import scheduler_of
     from raymill.jobs.reach import endpoint_of
     from raymill.jobs.serving_alone import put_up
     from raymill.runtime.spawn import on_head
@@ -121,7 +132,8 @@ def _put_up(target: Target, session: Session, promote: bool) -> ModelVersion:
     with open_records() as (_, records):
         endpoint = endpoint_of(session)
         try:
-            return put_up(target, records, endpoint, Placement(**on_head()), promote=promote)
+            scheduler = scheduler_of(session)
+            return put_up(target, records, endpoint, scheduler, Placement(**on_head()), promote=promote)
         finally:
             endpoint.close()
 
@@ -140,6 +152,8 @@ def _print(document: dict[str, Any], *, ends_here: bool) -> None:
     name, version = document["model"], document["version"]
     out.print(Text.assemble((name, "bold green"), f" version {version} ({document['kind']}) is {document['stage']}"))
     out.print(f"  {len(document['inputs'])} inputs at {document['url']}; ask it:", soft_wrap=True)
+    if document["key"]:
+        out.print(f"  {document['key']}", soft_wrap=True)
     for form, request in document["curl"].items():
         if form == "vectors" or len(document["inputs"]) <= _FEW:
             out.print(f"  {request}", soft_wrap=True)

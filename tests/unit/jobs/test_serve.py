@@ -1,8 +1,10 @@
 """`raymill serve`: what it takes for a model, what becomes of versions, and what a caller is told."""
 
 import json
+import os
 import pickle
 import shlex
+import subprocess
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,12 +13,14 @@ import pytest
 from raymill.actors import envelope, model_files
 from raymill.actors.endpoint import Placement
 from raymill.actors.named_inputs import NamedInputs, spec_alone
-from raymill.jobs.cli.serve import describe
+from raymill.actors.scheduler import GpuPoolScheduler
+from raymill.jobs.cli.serve import _print, describe
 from raymill.jobs.model_target import Target, Wish, read_target
-from raymill.jobs.serving_alone import put_up
+from raymill.jobs.serving_alone import give_up_grant, put_up
 from raymill.runtime.errors import Conflict, ModelError, SpecError, Usage
 from raymill.runtime.messages import Manifest
 from raymill.runtime.records import RecordsActor
+from tests.unit.actors.test_scheduler import DictPool
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 
@@ -97,7 +101,7 @@ class FakeEndpoint:
     """Takes what it is told to serve, and refuses when it is told to."""
 
     def __init__(self):
-        self.served, self.refuses, self.deployments = [], False, 0
+        self.served, self.refuses, self.deployments = [], False, []
 
     def turn(self):
         return nullcontext()
@@ -111,7 +115,7 @@ class FakeEndpoint:
         self.served = list(models)
 
     def deploy(self, models, placement):
-        self.deployments += 1
+        self.deployments.append(placement.replicas)
         self.set_models(models)
 
     def delete(self):
@@ -119,16 +123,31 @@ class FakeEndpoint:
 
 
 @pytest.fixture
-def serving(tmp_path):
-    records, endpoint = RecordsActor(tmp_path), FakeEndpoint()
-    records.start()
+def records(tmp_path):
+    found = RecordsActor(tmp_path)
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def scheduler(records):
+    """The scheduler itself, on a pool of a head with four processors."""
+    found = GpuPoolScheduler(records, pool=DictPool())
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def serving(records, scheduler):
+    endpoint = FakeEndpoint()
 
     def serve(data, name="m", promote=False, inputs=("a", "b")):
         target = Target(name=name, kind="xgboost", data=data, inputs=inputs)
-        return put_up(target, records, endpoint, Placement(), promote=promote)
+        return put_up(target, records, endpoint, scheduler, Placement(resources={"head": 0.01}), promote=promote)
 
-    yield serve, records, endpoint
-    records.stop()
+    return serve, records, endpoint
 
 
 def stages(records, name="m"):
@@ -155,19 +174,24 @@ def test_the_next_file_is_a_canary_the_one_after_takes_its_place_and_promote_mak
         serve(b"two")
 
 
-def test_models_stand_beside_each_other_on_one_application(serving):
+def test_models_stand_beside_each_other_on_one_application_under_one_grant(serving, scheduler):
     serve, records, endpoint = serving
     serve(b"one")
     serve(b"other", name="n", inputs=("x",))
-    assert [m.name for m in endpoint.served] == ["m", "n"] and endpoint.deployments == 1
+    assert [m.name for m in endpoint.served] == ["m", "n"] and endpoint.deployments == [1]
+    (lease,) = scheduler.leases("serve")
+    assert lease.resources == {"CPU": 1.0, "head": 0.01}
+    give_up_grant(scheduler, reason="a pipeline's replicas take its place")
+    assert scheduler.leases("serve") == []
     assert stages(records, "n") == ["live"]
 
 
-def test_a_version_that_does_not_load_stays_a_candidate_and_may_be_tried_again(serving):
+def test_a_version_that_does_not_load_stays_a_candidate_and_may_be_tried_again(serving, scheduler):
     serve, records, endpoint = serving
     endpoint.refuses = True
     with pytest.raises(ModelError):
         serve(b"one")
+    assert scheduler.leases("serve") == []
     assert stages(records) == ["candidate"] and endpoint.served == []
     endpoint.refuses = False
     assert serve(b"one").stage == "live" and stages(records) == ["live"]
@@ -205,3 +229,20 @@ def test_the_printed_requests_can_be_pasted(serving):
     words = {form: shlex.split(curl) for form, curl in told["curl"].items()}
     assert json.loads(words["by name"][-1]) == {"rows": [{"it's": 0.0, "b": 0.0}]}
     assert json.loads(words["vectors"][-1])["inputs"][0]["shape"] == [1, 2]
+
+
+def test_where_a_key_is_asked_for_what_is_printed_sends_the_callers_own(serving, tmp_path, capsys, monkeypatch):
+    """The printed lines, run by a shell that has a `raymill` and a `curl` which tell what they got."""
+    serve, _, _ = serving
+    target = Target(name="m", kind="code", data=b"", inputs=("a",))
+    _print(describe(target, serve(b"one", inputs=("a",)), "http://127.0.0.1:8000", with_key=True), ends_here=False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    pasted = [line for line in lines if line.startswith(("export", "curl"))]
+    assert len(pasted) == 3
+    for name, does in (("raymill", 'echo "rm_of_$3"'), ("curl", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    told = subprocess.run(["sh", "-c", "\n".join(pasted)], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines().count("authorization: Bearer rm_of_me") == 2
+    assert "authorization" not in json.dumps(describe(target, serve(b"one", inputs=("a",)), "http://127.0.0.1:8000"))
