@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from raymill.actors.batch_plan import PART_ROWS, Piece
+from raymill.actors.batch_plan import PART_ROWS, Piece, is_id
 from raymill.actors.files import File, files_in, is_folder, look
 from raymill.actors.lake_place import Place, in_one_line
 from raymill.actors.sources import cut
@@ -73,6 +73,22 @@ def read(piece: Piece) -> Iterator[pa.Table]:
         if piece.version is None:
             _check_unchanged(piece)
         yield from cut(_batches(piece), PART_ROWS)
+
+
+def ids_of(piece: Piece) -> Iterator[pa.Array]:
+    """The column `id` of a piece as text, in the order of `read`; null where a row has none; nothing without a column.
+
+    Raises:
+        ContractError: as `read`.
+    """
+    with _as_contract_error(piece.place):
+        if piece.version is None:
+            _check_unchanged(piece)
+        for batch in _batches(piece, "id"):
+            ids = batch.column("id")
+            if not is_id(ids.type):
+                return  # its rows are refused, each
+            yield ids.cast(pa.string())
 
 
 def is_text(piece: Piece) -> bool:
@@ -131,37 +147,55 @@ def _fragments(opened: DeltaTable) -> list[Any]:
     return sorted(opened.to_pyarrow_dataset().get_fragments(), key=lambda f: str(f.path))
 
 
-def _batches(piece: Piece) -> Iterator[pa.RecordBatch]:
+def _batches(piece: Piece, only: str | None = None) -> Iterator[pa.RecordBatch]:
+    """A piece's rows; with `only` that column of them, and nothing where it is not there."""
     if piece.version is not None:
-        yield from _delta_batches(piece)
+        yield from _delta_batches(piece, only)
         return
     file = File(piece.place, piece.size, piece.mtime_ns)
     with file.open() as opened:
         if file.kind == "parquet":
-            groups = range(*piece.groups) if piece.groups else None
-            yield from pq.ParquetFile(opened).iter_batches(PART_ROWS, row_groups=groups and list(groups))
+            yield from _parquet_batches(opened, piece, only)
         elif file.kind == "csv":
-            yield from _csv_batches(opened)
+            yield from _csv_batches(opened, only)
         else:
             with pa.ipc.open_file(opened) as reader:
-                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+                if only is None or only in reader.schema.names:
+                    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                    yield from (b if only is None else b.select([only]) for b in batches)
 
 
-def _delta_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(opened: Any, piece: Piece, only: str | None) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(opened)
+    groups = list(range(*piece.groups)) if piece.groups else None
+    if only is None or only in file.schema_arrow.names:
+        yield from file.iter_batches(PART_ROWS, row_groups=groups, columns=None if only is None else [only])
+
+
+def _delta_batches(piece: Piece, only: str | None) -> Iterator[pa.RecordBatch]:
     opened = DeltaTable(piece.place, version=piece.version, storage_options=Place(piece.place).options)
     schema = opened.to_pyarrow_dataset().schema
     [fragment] = [f for f in _fragments(opened) if f.path == piece.fragment]
     if piece.groups is not None:
         fragment = fragment.subset(row_group_ids=list(range(*piece.groups)))
-    yield from fragment.to_batches(schema=schema, batch_size=PART_ROWS)
+    if only is None or only in schema.names:
+        columns = None if only is None else [only]
+        yield from fragment.to_batches(schema=schema, columns=columns, batch_size=PART_ROWS)
 
 
-def _csv_batches(opened: Any) -> Iterator[pa.RecordBatch]:
+def _csv_batches(opened: Any, only: str | None) -> Iterator[pa.RecordBatch]:
     """All columns as text, so that one bad value costs its row and not the file; an empty field is null."""
     names = pacsv.open_csv(opened).schema.names
+    if only is not None and only not in names:
+        return
     opened.seek(0)
     texts = dict.fromkeys(names, pa.string())
-    options = pacsv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
+    options = pacsv.ConvertOptions(
+        column_types=texts,
+        null_values=[""],
+        strings_can_be_null=True,
+        include_columns=None if only is None else [only],
+    )
     yield from pacsv.open_csv(opened, convert_options=options)
 
 

@@ -3,6 +3,7 @@
 Invariants
 - The plan is written before the first answer; a job that is asked for again goes on by it, whatever is live meanwhile.
 - The manifest is written last; a job that has one does nothing more and says the same.
+- A job may be killed at any moment, its driver too: the next one asks for the pieces that no word of being done is of.
 - What goes through the object store is a piece's description and its count of rows: readers are writers.
 """
 
@@ -12,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import ray
 from ray.exceptions import RayTaskError
 
 from raymill.actors import batch_rows
+from raymill.actors.batch_duplicates import note_duplicates
 from raymill.actors.batch_input import is_text, pieces_of, schema_of
-from raymill.actors.batch_output import MANIFEST, PLAN, Output
+from raymill.actors.batch_output import MANIFEST, PIECES, PLAN, Output
 from raymill.actors.batch_plan import BatchPlan, BatchRequest, check_same, pinned
 from raymill.actors.batch_worker import BatchWorker, Done
 from raymill.actors.feature_plan import FeaturePlan
@@ -51,6 +53,8 @@ class Summary:
     """Rows answered."""
     rejected: int
     """Rows in `_rejects`."""
+    duplicates: int
+    """Of them, rows whose id a row before them has."""
     parts: int
     answered_now: int
     """Rows answered by this call; the others were there already."""
@@ -103,7 +107,8 @@ def plan_job(
     )
     first = plan.pieces[0]
     batch_rows.check_columns(schema_of(first), plan, is_text=is_text(first))
-    output.write(PLAN, plan.to_json())
+    if not output.create(PLAN, plan.to_json()):  # somebody else was faster with the same folder
+        return plan_job(model, route, request, home, job=job)
     return plan
 
 
@@ -126,8 +131,10 @@ def run_job(plan: BatchPlan, home: Home, *, workers: int | None = None, on_piece
     output = Output(plan.request.out)
     text = output.read(MANIFEST)
     if text is None:
+        output.sweep()
+        note_duplicates(plan.pieces, output)
         done = []
-        for one in _done(plan, home, workers or int(ray.cluster_resources().get("CPU", 1))):
+        for one in _done(plan, home, output, workers or int(ray.cluster_resources().get("CPU", 1))):
             done.append(one)
             if on_piece is not None:
                 on_piece(one, len(plan.pieces))
@@ -145,6 +152,7 @@ def run_job(plan: BatchPlan, home: Home, *, workers: int | None = None, on_piece
         out=plan.request.out,
         rows=told["rows"],
         rejected=told["rejected"],
+        duplicates=told.get("duplicates", 0),
         parts=told["parts"],
         answered_now=now,
         seconds=round(seconds, 3),
@@ -153,23 +161,31 @@ def run_job(plan: BatchPlan, home: Home, *, workers: int | None = None, on_piece
 
 
 def _manifest(plan: BatchPlan, done: list[Done]) -> str:
-    totals = {name: sum(getattr(d, name) for d in done) for name in ("rows", "rejected", "parts")}
+    totals = {name: sum(getattr(d, name) for d in done) for name in ("rows", "rejected", "duplicates", "parts")}
     about = {"job": plan.job, "model": plan.model.name, "version": plan.version, "finished_s": time.time()}
     return json.dumps(
         {**about, **totals, "lake_versions": plan.lake_versions, "request": asdict(plan.request)}, indent=1
     )
 
 
-def _done(plan: BatchPlan, home: Home, workers: int) -> Iterator[Done]:
-    """The pieces, each when it is done."""
+def _done(plan: BatchPlan, home: Home, output: Output, workers: int) -> Iterator[Done]:
+    """The pieces: those that are done, then each of the others when it is."""
+    known = [replace(Done(**json.loads(text)), now=0) for text in output.texts(PIECES)]
+    yield from known
+    left = sorted({p.number for p in plan.pieces} - {d.piece for d in known})
+    if left:
+        yield from _answered(plan, left, home, min(workers, len(left)))
+
+
+def _answered(plan: BatchPlan, numbers: list[int], home: Home, workers: int) -> Iterator[Done]:
+    """The pieces of these numbers, answered by so many workers, each when it is done."""
     context = ray.data.DataContext.get_current().copy()
     # After its import, which sets the level: it tells plan and progress, and of errors the traces.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    workers = min(workers, len(plan.pieces))
     with ray.data.DataContext.current(context):
-        pieces = ray.data.from_items([{"piece": p.number} for p in plan.pieces], override_num_blocks=len(plan.pieces))
+        pieces = ray.data.from_items([{"piece": number} for number in numbers], override_num_blocks=len(numbers))
         answered = pieces.map_batches(
             _Answering,
             fn_constructor_args=(str(home.root), plan.to_json()),

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
+
 from raymill.actors.rollout import ModelSpec, Role, Route, from_user_config, to_user_config
 from raymill.runtime.errors import Conflict, RequestError, StoreError
 
@@ -163,6 +165,11 @@ def check_same(plan: BatchPlan, model: str, version: int | None, request: BatchR
         raise Conflict(
             f"{request.out} holds batch job {plan.job} of {', '.join(differs)}: give the new job another folder"
         )
+
+
+def is_id(dtype: pa.DataType) -> bool:
+    """Whether a column of this type can be `id`."""
+    return bool(pa.types.is_string(dtype) or pa.types.is_integer(dtype))
 
 
 def _piece_of(tree: dict[str, Any]) -> Piece:

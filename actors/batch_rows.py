@@ -5,7 +5,7 @@ Invariant: every row is either taken or rejected, and what is taken the endpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.actors import oip, wire
-from raymill.actors.batch_plan import BatchPlan
+from raymill.actors.batch_plan import BatchPlan, is_id
 from raymill.actors.rollout import ColumnForm, ModelSpec
 from raymill.actors.wire import ARROW_TYPES, Rows
 from raymill.runtime.errors import ContractError, RaymillError, RequestError
@@ -61,8 +61,7 @@ def asked_columns(table: pa.Table, plan: BatchPlan, name: str, first_row: int) -
     ids = pc.binary_join_element_wise(plan.job, name, ids, "/")
     if "id" in table.column_names:
         given = table.column("id")
-        given = given.cast(pa.string()) if pa.types.is_integer(given.type) else given
-        ids = pc.coalesce(given, ids) if pa.types.is_string(given.type) else given
+        ids = pc.coalesce(given.cast(pa.string()), ids) if is_id(given.type) else given
     return pa.table(columns | {"id": ids})
 
 
@@ -93,7 +92,7 @@ def kept_columns(names: list[str], keep: tuple[str, ...]) -> list[str]:
 
 
 def readable(
-    table: pa.Table, plan: BatchPlan, *, is_text: bool
+    table: pa.Table, plan: BatchPlan, *, is_text: bool, twice: Mapping[int, str]
 ) -> tuple[Rows | None, npt.NDArray[np.int64], list[Reject]]:
     """What the codec takes of a part: the rows, their numbers in the part, and the others with the reason.
 
@@ -101,6 +100,7 @@ def readable(
         table: what `asked_columns` gave.
         plan: the job.
         is_text: whether its columns are text to be parsed.
+        twice: rows whose id another row before them has, by number in the part; and that row in words.
     """
     form = form_of(plan)
     with_texts = plan.request.log and plan.features
@@ -110,7 +110,12 @@ def readable(
         some = _parsed(some, form) if is_text else some
         return wire.rows_of_table(some, form, plan.now_us, with_texts=with_texts)
 
-    fresh, rejects = _distinct(table.append_column(ROW, pa.array(np.arange(len(table)))))
+    rejects = [
+        Reject(row, RequestError(f"{first} has the same 'id': give each its own")) for row, first in twice.items()
+    ]
+    fresh = table.append_column(ROW, pa.array(np.arange(len(table))))
+    if rejects:
+        fresh = fresh.filter(pc.invert(pc.is_in(fresh[ROW], value_set=pa.array(list(twice)))))
     whole, bad = parted(fresh, read_rows)
     if bad:
         lost = [some[ROW][0].as_py() for some, _ in bad]
@@ -180,20 +185,3 @@ def _parsed(rows: pa.Table, form: ModelSpec) -> pa.Table:
         except pa.ArrowException as err:
             raise ContractError(f"column {name!r} does not fit {wanted}: {err}") from err
     return pa.table(found)
-
-
-def _distinct(table: pa.Table) -> tuple[pa.Table, list[Reject]]:
-    """The rows whose id no row before them has; nulls are no ids."""
-    ids = table["id"].combine_chunks()
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return table, []
-    codes = ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    first = np.ones(len(codes), dtype=np.bool_)
-    order = np.argsort(codes, kind="stable")
-    same = codes[order][1:] == codes[order][:-1]
-    first[order[1:][same]] = False
-    first |= codes < 0
-    if first.all():
-        return table, []
-    why = RequestError("a row before it has the same 'id': give each its own")
-    return table.filter(pa.array(first)), [Reject(i, why) for i in np.flatnonzero(~first).tolist()]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymill.actors import batch_rows, surroundings
+from raymill.actors.batch_duplicates import duplicates_of
 from raymill.actors.batch_input import is_text, read
 from raymill.actors.batch_output import PIECES, REJECTS, Output
 from raymill.actors.batch_plan import PART_ROWS, BatchPlan, Piece
@@ -47,6 +48,8 @@ class Done:
     rows: int = 0
     """Rows answered."""
     rejected: int = 0
+    duplicates: int = 0
+    """Rows rejected because a row before them has their id."""
     parts: int = 0
     now: int = 0
     """Rows answered by this very call; the others were there already."""
@@ -61,6 +64,8 @@ class Part:
     first: int
     """Number of its first row in the file."""
     table: pa.Table
+    twice: dict[int, str]
+    """Rows whose id another row before them has, by number in the part; and that row in words."""
 
 
 class BatchWorker:
@@ -98,7 +103,7 @@ class BatchWorker:
         self._sink = sink or LakeSink(lambda model: lake, home.spool / "sink.lock", surroundings.observe)
 
     def answer(self, piece: Piece) -> Done:
-        """Answer the parts of a piece that are not there yet.
+        """Answer the parts of a piece that are not there yet; what comes twice in the table must be noted before.
 
         Raises:
             ContractError: the table can not be read, or is not what it was.
@@ -109,12 +114,14 @@ class BatchWorker:
         known = self._output.read(marker)
         if known is not None:
             return Done(**{**json.loads(known), "now": 0})
-        done = Done(piece=piece.number)
+        twice = duplicates_of(piece, self._output)
+        done = Done(piece=piece.number, duplicates=len(twice.rows))
         for number, table in enumerate(read(piece)):
             name = piece.part(number)
             answered = self._output.rows_of(name)
             if answered is None:
-                answered = self._answer(Part(piece, name, piece.row + number * PART_ROWS, table))
+                first = piece.row + number * PART_ROWS
+                answered = self._answer(Part(piece, name, first, table, twice.among(first, len(table))))
                 done = replace(done, now=done.now + answered)
             rows, rejected = done.rows + answered, done.rejected + len(table) - answered
             done = replace(done, rows=rows, rejected=rejected, parts=done.parts + 1)
@@ -124,7 +131,8 @@ class BatchWorker:
     def _answer(self, part: Part) -> int:
         """Answer a part and write it; how many rows got an answer."""
         asked = batch_rows.asked_columns(part.table, self._plan, f"{part.piece.number}", part.first)
-        rows, where, rejects = batch_rows.readable(asked, self._plan, is_text=is_text(part.piece))
+        text = is_text(part.piece)
+        rows, where, rejects = batch_rows.readable(asked, self._plan, is_text=text, twice=part.twice)
         log = JobLog()
         answers = ANSWERS.empty_table()
         if rows is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from raymill.actors.rollout import ModelSpec, Role, Route
 from raymill.cluster.session import Session
 from raymill.jobs.planning import refuse_other_host
 from raymill.jobs.reach import endpoint_of
-from raymill.runtime.errors import UnknownModel
+from raymill.runtime.errors import UnknownModel, Usage
 from raymill.runtime.records import RemoteRecords
 from raymill.runtime.spawn import driver_and_head
+
+_COPIES = "runtime_resources"
+"""Folder in which Ray keeps its copies of working directories."""
 
 
 def served(session: Session, model: str, version: int | None) -> tuple[ModelSpec, Route | None]:
@@ -29,3 +34,23 @@ def served(session: Session, model: str, version: int | None) -> tuple[ModelSpec
         return models[model], None
     found = RemoteRecords().get(model, version)
     return models[model], Route(version=found.version, digest=found.digest, role=Role.LIVE, threshold=found.threshold)
+
+
+def place_of(text: str, here: Path) -> str:
+    """A path as workers see it, or the URL."""
+    return text if "://" in text else str(here / text)
+
+
+def lasting_place_of(text: str, here: Path) -> str:
+    """The same of what is to stay.
+
+    Raises:
+        Usage: it would lie in the copy of a working directory that Ray makes for a submitted job, and deletes.
+    """
+    place = place_of(text, here)
+    if _COPIES in Path(place).parts:
+        raise Usage(
+            f"--out {text} would lie in {place}, Ray's copy of the job's working directory, which Ray deletes: give a "
+            "path that begins with /, or a URL"
+        )
+    return place

@@ -18,6 +18,7 @@ from raymill.runtime.errors import RequestError, Usage
 if TYPE_CHECKING:
     from raymill.actors.batch_job import Summary
     from raymill.actors.batch_plan import BatchRequest
+    from raymill.actors.batch_worker import Done
 
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="Column to stand beside the answers; `*`: all.")]
 
@@ -51,10 +52,12 @@ def predict(
     if rows is not None or to is None:
         raise Usage("--table takes the rows from the table and needs --out, a folder or URL for the answers")
     from raymill.actors.batch_plan import BatchRequest
+    from raymill.jobs.batch import lasting_place_of, place_of
 
+    here = Path.cwd()
     request = BatchRequest(
-        table=_place(answer),
-        out=_place(to),
+        table=place_of(answer, here),
+        out=lasting_place_of(to, here),
         at=at,
         keep=tuple(keep or ()),
         vectors=vectors,
@@ -92,20 +95,20 @@ def _run(
     found, route = served(session, model, version)
     plan = plan_job(found, route, request, session.home, job=job)
     with progress() as bar:
-        task = bar.add_task(f"{model} version {plan.version}", total=len(plan.pieces), note="pieces of the table")
-        summary = run_job(plan, session.home, workers=workers, on_piece=lambda done, of: bar.advance(task))
+        task = bar.add_task(f"{model} version {plan.version}", total=len(plan.pieces), note="ids that come twice")
+
+        def done(piece: Done, of: int) -> None:
+            bar.update(task, advance=1, note="pieces of the table")
+
+        summary = run_job(plan, session.home, workers=workers, on_piece=done)
     emit(asdict(summary), as_json, lambda: out.print(_told(summary)))
 
 
 def _told(did: Summary) -> str:
     fast = f", {did.answered_now:,} of them now in {did.seconds:,.1f} s ({did.rows_per_s:,.0f} rows/s)"
-    rejected = f"; {did.rejected:,} rejected, see {did.out}/_rejects" if did.rejected else ""
+    twice = f" ({did.duplicates:,} as their id came before)" if did.duplicates else ""
+    rejected = f"; {did.rejected:,} rejected{twice}, see {did.out}/_rejects" if did.rejected else ""
     return f"job {did.job}: {did.model} version {did.version} answered {did.rows:,} rows{fast}{rejected}\n{did.out}"
-
-
-def _place(text: str) -> str:
-    """A path as workers see it, or the URL."""
-    return text if "://" in text else str(Path(text).absolute())
 
 
 def _read(text: str) -> list[dict[str, Any]]:

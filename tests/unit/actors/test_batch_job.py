@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import os
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +19,13 @@ import torch
 from deltalake import write_deltalake
 from sklearn.linear_model import LogisticRegression
 
-from raymill.actors import batch_input, batch_worker, envelope, surroundings
+from raymill.actors import batch_duplicates, batch_input, batch_worker, envelope, surroundings
+from raymill.actors.batch_duplicates import note_duplicates
 from raymill.actors.batch_job import plan_job
+from raymill.actors.batch_output import Output
 from raymill.actors.batch_plan import BatchPlan, BatchRequest
 from raymill.actors.batch_worker import BatchWorker
+from raymill.actors.entities import key_hashes
 from raymill.actors.envelope import Envelope
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
@@ -130,6 +135,7 @@ def request_of(tmp_path, table, **changes):
 
 
 def work(plan, home, programs, sink=None):
+    note_duplicates(plan.pieces, Output(plan.request.out))
     worker = BatchWorker(home, plan, fetch=programs.__getitem__, load=surroundings.load_program, sink=sink)
     return [worker.answer(piece) for piece in plan.pieces]
 
@@ -222,6 +228,58 @@ def test_a_bad_row_is_rejected_with_the_endpoints_reason_and_harms_no_other(tmp_
     assert theirs == {k: v for k, v in mine.items() if k != "r17"}
 
 
+def test_the_first_row_of_an_id_is_answered_whoever_comes_first_and_the_others_are_told(
+    tmp_path, home, programs, monkeypatch
+):
+    monkeypatch.setattr(batch_input, "PART_ROWS", 8)
+    monkeypatch.setattr(batch_input, "PIECE_ROWS", 20)
+    monkeypatch.setattr(batch_worker, "PART_ROWS", 8)
+    rows = asked()
+    ids = rows["id"].to_pylist()
+    for row, other in ((3, 2), (9, 1), (41, 1), (99, 70)):  # of one part, of parts, of pieces
+        ids[row] = ids[other]
+    ids[50], ids[60] = None, None
+    rows = rows.set_column(0, "id", pa.array(ids))
+    told = {3: 2, 9: 1, 41: 1, 99: 70}
+    found = []
+    for order in (1, -1):
+        request = request_of(tmp_path, rows, out=str(tmp_path / f"out{order}"))
+        pq.write_table(rows, request.table, row_group_size=10)
+        plan = plan_job(taxi(), None, request, home, job="j")
+        note_duplicates(plan.pieces, Output(request.out))
+        worker = BatchWorker(home, plan, fetch=programs.__getitem__, load=surroundings.load_program)
+        done = [worker.answer(piece) for piece in plan.pieces[::order]]
+        assert [sum(getattr(d, n) for d in done) for n in ("rows", "rejected", "duplicates")] == [96, 4, 4]
+        why = {r["row"]: r["reason"] for r in rejects(request)}
+        assert why == {
+            row: f"row {first} of {request.table} has the same 'id': give each its own" for row, first in told.items()
+        }
+        found.append(answers(request))
+    assert found[0]["id"].to_pylist() == [id_ or f"j/{i // 20}/{i}" for i, id_ in enumerate(ids) if i not in told]
+    assert found[0].equals(found[1])
+
+
+@pytest.mark.parametrize("bound", [batch_duplicates.IN_MEMORY, 50])
+def test_of_ids_in_any_number_of_files_all_that_come_again_are_found_and_no_other(tmp_path, monkeypatch, bound):
+    """Against a dictionary; with hashes so bad that most are the same, in memory and on disk."""
+    monkeypatch.setattr(batch_duplicates, "IN_MEMORY", bound)
+    monkeypatch.setattr(batch_duplicates, "key_hashes", lambda rows, *how: key_hashes(rows, *how) % 17)
+    rng = np.random.default_rng(5)
+    (tmp_path / "rows").mkdir()
+    wanted, seen = [], {}
+    for i in range(12):
+        ids = [None if n % 7 == 0 else int(n) for n in rng.integers(0, 300, 40)]
+        file = f"{tmp_path}/rows/{i:02d}.{'csv' if i % 3 else 'parquet'}"
+        table = pa.table({"id": pa.array(ids), "other": range(40)})
+        table = table.drop_columns(["id"]) if i == 5 else table
+        (pacsv.write_csv if i % 3 else pq.write_table)(table, file)
+        for row, one in enumerate([] if i == 5 else ids):
+            if one is not None and seen.setdefault(one, (file, row)) != (file, row):
+                wanted.append({"piece": i, "row": row, "first_file": seen[one][0], "first_row": seen[one][1]})
+    pieces = batch_input.pieces_of(str(tmp_path / "rows"), None)
+    assert len(wanted) > 50 and batch_duplicates.find_duplicates(pieces).to_pylist() == wanted
+
+
 def test_a_row_whose_answer_is_not_finite_is_rejected_alone(tmp_path, home):
     def program(x):
         return np.where(x[:, 0] > 5, np.nan, np.nan_to_num(x[:, 0])).astype(np.float32)
@@ -229,6 +287,7 @@ def test_a_row_whose_answer_is_not_finite_is_rejected_alone(tmp_path, home):
     table = pa.table({name: np.arange(8.0) for name in PLAN.names})
     request = request_of(tmp_path, table)
     plan = plan_job(vectors_only(), None, request, home)
+    note_duplicates(plan.pieces, Output(request.out))
     BatchWorker(home, plan, fetch=lambda digest: b"", load=lambda data: program).answer(plan.pieces[0])
     assert answers(request)["p"].to_pylist() == [0, 1, 2, 3, 4, 5]
     assert [(r["row"], r["code"]) for r in rejects(request)] == [(6, "contract_error"), (7, "contract_error")]
@@ -270,6 +329,23 @@ def test_the_same_again_goes_on_where_it_was_and_gives_the_same(tmp_path, home, 
     done = work(again, home, programs)
     assert [d.now for d in done] == [0, 20, 0, 4, 0] and [d.rows for d in done] == [20] * 5
     assert answers(request).equals(first)
+
+
+def test_a_plan_that_was_being_written_is_no_job_and_of_two_that_begin_one_goes_by_the_others(tmp_path, home, programs):
+    request = request_of(tmp_path, asked())
+    (tmp_path / "out").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "out" / f"._plan.json.{ended.pid}").write_text("{")
+    plan = plan_job(taxi(), None, request, home)
+    mine = replace(plan, job="another")
+    assert (
+        not Output(request.out).create("_plan.json", mine.to_json()) and plan_job(taxi(), None, request, home) == plan
+    )
+    work(plan, home, programs)
+    (tmp_path / "out" / f".part-000000-0000.parquet.{os.getpid()}").write_text("of a process that lives")
+    Output(request.out).sweep()
+    assert [p.name for p in (tmp_path / "out").glob(".*")] == [f".part-000000-0000.parquet.{os.getpid()}"]
 
 
 def test_a_folder_of_another_job_or_of_something_else_is_refused(tmp_path, home):
