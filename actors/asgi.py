@@ -14,7 +14,7 @@ import orjson
 import psutil
 
 from raymill.actors.wire import MAX_BODY_BYTES
-from raymill.runtime.errors import RaymillError, RequestError, TooLarge
+from raymill.runtime.errors import Overloaded, RaymillError, RequestError, TooLarge
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -124,9 +124,19 @@ def error_reply(error: RaymillError, status: int | None = None) -> Reply:
     """A reply that says what is wrong, under which name, and what to do."""
     cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
     error = cause if isinstance(cause, RaymillError) else error
+    if isinstance(error, Overloaded):
+        return _come_again(error.message, error.retry_after_s)
     status = error.http_status if status is None else status
     body = orjson.dumps({"error": error.message, "code": error.code, "remedy": error.remedy})
     return Reply(status, body, headers={"retry-after": "1"} if status in (429, 503) else {})
+
+
+@lru_cache(64)
+def _come_again(message: str, seconds: int) -> Reply:
+    """Kept: where more is asked than can be answered, most of the work is to say so."""
+    error = Overloaded(message)
+    body = orjson.dumps({"error": message, "code": error.code, "remedy": error.remedy})
+    return Reply(error.http_status, body, headers={"retry-after": str(seconds)})
 
 
 @lru_cache(1024)

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
+from raymill.actors.admission import Admission
 from raymill.actors.batching import Pace, WaitingLine
 from raymill.actors.load_meter import LoadMeter
 from raymill.actors.models import Answer, Question
-from raymill.runtime.errors import Expired, RaymillError, Unavailable
+from raymill.runtime.errors import Expired, Overloaded, RaymillError, Unavailable
 
 Ask = Callable[[list[Question]], "list[Answer | RaymillError]"]
 Done = Callable[["Answer | Exception"], None]
@@ -61,9 +62,31 @@ class Lane:
         self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
         self.pace = Pace()
-        self.target_s = math.inf
-        """Latency that callers are promised; a batch may take half of it, since they wait for the one before, too."""
+        self.admission = Admission()
         self._busy = False
+        self._turned_s = -math.inf
+        """When the last batch had been answered."""
+        self._here_since_s = -math.inf
+        """When the model was brought back last."""
+
+    @property
+    def target_s(self) -> float:
+        """Latency that callers are promised; a batch may take half of it, since they wait for the one before, too."""
+        return self.admission.target_s
+
+    @target_s.setter
+    def target_s(self, seconds: float) -> None:
+        self.admission.target_s = seconds
+
+    def admit(self, rows: int = 1) -> None:
+        """Before a request of so many rows is read, or stands in line.
+
+        Raises:
+            Overloaded: it could not be answered in time.
+        """
+        is_late = self.line.rows + rows > self.admission.most_rows and self.line
+        if is_late and self.admission.refuses(time.monotonic(), rows):
+            raise self._too_late()
 
     def submit(self, question: Question, done: Done, timeout_s: float | None = None) -> Ticket:
         """Stand in line; `done` is called with the answer, not before this returns.
@@ -71,8 +94,9 @@ class Lane:
         What waits longer than `timeout_s` is answered with `Expired`.
 
         Raises:
-            Overloaded: the line is full.
+            Overloaded: the line is full, or the request could not be answered in time.
         """
+        self.admit(len(question))
         loop = asyncio.get_running_loop()
         now = time.monotonic()  # the loop's own clock stands still while it reads one round of requests
         ticket = Ticket(question, done, now, math.inf if timeout_s is None else now + timeout_s)
@@ -121,6 +145,7 @@ class Lane:
     def _fetched(self, coming: asyncio.Future[None]) -> None:
         err = Unavailable("the replica stops") if coming.cancelled() else coming.exception()
         if err is None:
+            self._here_since_s = time.monotonic()
             self._next()
         else:
             waiting = self.line.take()
@@ -131,10 +156,18 @@ class Lane:
         return self.line.take(self.pace.rows_within(self.target_s / 2) if self.target_s < math.inf else math.inf)
 
     def _expired(self, ticket: Ticket, now: float) -> bool:
-        if now <= ticket.expires_s:
+        if now > ticket.expires_s:
+            ticket.done(Expired("the request waited longer than its timeout before the model came free"))
+        elif now - ticket.since_s > self.admission.patience_s:
+            ticket.done(self._too_late())
+        else:
             return False
-        ticket.done(Expired("the request waited longer than its timeout before the model came free"))
         return True
+
+    def _too_late(self) -> Overloaded:
+        err = Overloaded("more requests wait than can be answered within the latency wanted (`Serve.p99`)")
+        err.retry_after_s = self.admission.retry_after_s
+        return err
 
     def _came_back(self, batch: list[Ticket], running: asyncio.Future[Sequence[Answer | Exception]]) -> None:
         try:
@@ -159,6 +192,10 @@ class Lane:
         for ticket, answer in zip(batch, answers, strict=True):
             if not ticket.left:
                 ticket.done(answer)
+        now, since_s = time.monotonic(), batch[0].since_s
+        if since_s > self._here_since_s:  # else it was the model that callers waited for
+            self.admission.turned(now, sum(map(len, batch)), now - max(since_s, self._turned_s), now - since_s)
+        self._turned_s = now
 
     def _go_on(self) -> None:
         if self.line:

@@ -241,9 +241,10 @@ class ServingReplica:
             call, done = self.traces.follow(call, done)
         try:
             model = self.models.named(call.model)
+            lane = self._lane(call.model, model.spec)
+            lane.admit()  # before its body is read: whatever is spent on who is refused, others wait for
             question, write = call.read(model, time.time_ns() // 1000)
             model.check(question)
-            lane = self._lane(call.model, model.spec)
             return lane.submit(question, partial(_finish, write, done), call.timeout_s)
         except Exception as err:  # noqa: BLE001 - edge of the application
             done(_failure(err, call.model))

@@ -198,10 +198,12 @@ class Expired(RaymillError):
 
 
 class Overloaded(RaymillError):
-    """The replica's queue is full."""
+    """The replica's queue is full, or too long for an answer in time."""
 
     http_status = 429
     remedy = "come again in a moment, with the same ids"
+    retry_after_s = 1
+    """Seconds after which to come again."""
 
 
 class Unavailable(RaymillError):
