@@ -27,6 +27,8 @@ from raymill.runtime.spawn import ask, find
 POLICY = "raymill.actors.autoscaling:QueueingDelayPolicy"
 TOLD_EVERY_S = 0.5
 """How often a replica tells its load."""
+LEAVING_S = 12.0
+"""How long a replica that leaves may take, `endpoint.GRACE_S`."""
 _FRESH_S = 4.0
 """Age from which on what a replica told is as good as nothing."""
 _AGAIN_S = 5.0
@@ -35,12 +37,18 @@ _AGAIN_S = 5.0
 _log = logging.getLogger("ray.serve")
 
 
-def autoscaling_config(scaling: Scaling, request: LeaseRequest | None) -> dict[str, Any]:
+def autoscaling_config(
+    scaling: Scaling, request: LeaseRequest | None, *, leaving_s: float = LEAVING_S
+) -> dict[str, Any]:
     """What the deployment's configuration says of it, as JSON values.
 
-    `request` is how the endpoint asks the scheduler for replicas; without it none is asked, and `scaling.most` holds.
+    Args:
+        scaling: what is wanted.
+        request: how the endpoint asks the scheduler for replicas; without it none is asked, and `scaling.most` holds.
+        leaving_s: how long a replica may still run that Serve has stopped to count: so long it keeps its lease.
     """
     asked = {**asdict(request), "purpose": request.purpose.value} if request else None
+    kwargs = {"scaling": scaling.to_json(), "request": asked, "leaving_s": leaving_s}
     return {
         "min_replicas": scaling.fewest,
         "max_replicas": scaling.most,
@@ -48,17 +56,20 @@ def autoscaling_config(scaling: Scaling, request: LeaseRequest | None) -> dict[s
         "look_back_period_s": 5 * TOLD_EVERY_S,
         "upscale_delay_s": 0.0,  # how long to look before a change is the policy's to say
         "downscale_delay_s": 0.0,
-        "policy": {"policy_function": POLICY, "policy_kwargs": {"scaling": scaling.to_json(), "request": asked}},
+        "policy": {"policy_function": POLICY, "policy_kwargs": kwargs},
     }
 
 
 class QueueingDelayPolicy:
     """One endpoint's; Serve makes a new one with each change of the configuration."""
 
-    def __init__(self, scaling: dict[str, Any], request: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, scaling: dict[str, Any], request: dict[str, Any] | None = None, leaving_s: float = LEAVING_S
+    ) -> None:
         """The values of `autoscaling_config`."""
         self._scaling = Scaling(**scaling)
-        self._grants = _Grants(LeaseRequest(**{**request, "purpose": Purpose(request["purpose"])})) if request else None
+        asked = LeaseRequest(**{**request, "purpose": Purpose(request["purpose"])}) if request else None
+        self._grants = _Grants(asked, leaving_s) if asked else None
         self._said = ""
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -88,18 +99,22 @@ class QueueingDelayPolicy:
 class _Grants:
     """Leases of the endpoint's replicas, asked for and given back without waiting."""
 
-    def __init__(self, request: LeaseRequest) -> None:
-        self._request = request
+    def __init__(self, request: LeaseRequest, leaving_s: float) -> None:
+        self._request, self._leaving_s = request, leaving_s
         self._held: int | None = None  # what was heard last; None: nothing yet
         self._asked: int = 0
         self._answer: Any = None
         self._refused_s = 0.0
+        self._used_s = time.time()  # when as many replicas as are held were last wanted, or ran
 
     def at_most(self, replicas: int, *, running: int) -> int:
         """How many of the replicas wanted there may be; asks for more, or gives back, where others are held."""
         self._listen()
-        needed = max(replicas, running)  # what still runs still costs
-        if self._answer is None and needed != self._held and time.time() - self._refused_s > _AGAIN_S:
+        needed, now = max(replicas, running), time.time()  # what still runs still costs
+        if self._held is None or needed >= self._held:
+            self._used_s = now
+        is_leaving = self._held is not None and needed < self._held and now - self._used_s < self._leaving_s
+        if self._answer is None and needed != self._held and not is_leaving and now - self._refused_s > _AGAIN_S:
             self._ask(needed)
         allowed = running if self._held is None else max(self._held, min(running, 1))
         return min(replicas, max(allowed, 0))
