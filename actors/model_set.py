@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from raymill.actors.answering import version_of
 from raymill.actors.attempts import Attempts
+from raymill.actors.gently import beside_traffic
 from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, KnownOnly, LoadedModel, Program, away
 from raymill.actors.residency import Resident, to_unload
@@ -115,8 +116,8 @@ class ModelSet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model has a version that answers."""
-        return bool(self.models) and all(m.ready for m in self.models.values())
+        """Whether every model has a version that answers, and is not ill."""
+        return bool(self.models) and all(m.is_ready(None) for m in self.models.values())
 
     def asked(self, name: str) -> None:
         """A model is being asked now."""
@@ -185,7 +186,8 @@ class ModelSet:
         data = self.fetch(digest)
         size = self.measure(data)
         self._make_room(spec, size)
-        program = self._warm(spec, self.load(data))
+        with beside_traffic():
+            program = self._warm(spec, self.load(data))
         self._sizes[digest] = size
         return program
 

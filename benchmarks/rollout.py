@@ -13,6 +13,7 @@ enough for the crowd) has no figures, and `not_brought_about` says why. `--quick
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,29 +108,36 @@ def acknowledged(s: Session) -> float:
     return float(np.median(took))
 
 
-def body(quick: bool) -> Outcome:
-    """Measure."""
-    how: dict[str, Any] = {"rate": RATE, "requests": 2_000 if quick else 10_000, "quiet_s": 4.0 if quick else 20.0}
+ONE_REPLICA = (promote, canary, rollback, code_update, bad_version)
+"""Done to one replica, in this order."""
+SCALED = (autoscale_1_3_1, from_zero)
+EVENTS = tuple(act.__name__ for act in (*ONE_REPLICA, replica_sigkill, *SCALED))
+
+
+def body(quick: bool, only: Sequence[str] = EVENTS) -> Outcome:
+    """Measure all events, or some of them."""
+    how: dict[str, Any] = {"rate": RATE, "requests": 2_000 if quick else 10_000, "quiet_s": 4.0 if quick else 12.0}
     events: list[Event] = []
     facts: dict[str, float] = {}
     with session() as s:
         load = s.load(RATE)
         time.sleep(3)  # connections, the batch's pace
-        for act in (promote, canary, rollback, code_update, bad_version):
+        for act in (act for act in ONE_REPLICA if act.__name__ in only):
             events.append(watched(act.__name__, lambda n, act=act: act(s, n), **how))
             s.records.promote(MODEL, 1, reason="benchmark")
             s.endpoint.follow(s.records, MODEL)
-        facts["replicas_1"] = acknowledged(s)
-        s.endpoint.deploy([s.present()], Placement(replicas=2))
-        s.wait_for_replicas(2)
-        events.append(watched("replica_sigkill", lambda n: replica_sigkill(s, n), **how))
-        s.endpoint.deploy([s.present()], Placement(replicas=3))
-        s.wait_for_replicas(3)
-        facts["replicas_3"] = acknowledged(s)
+        if "promote" in only:
+            facts["replicas_1"] = acknowledged(s)
+        if "replica_sigkill" in only:
+            deploy_fixed(s, 2)
+            events.append(watched("replica_sigkill", lambda n: replica_sigkill(s, n), **how))
+        if "promote" in only:
+            deploy_fixed(s, 3)
+            facts["replicas_3"] = acknowledged(s)
         sent = load.stop()
         scaled: dict[str, dict[str, float]] = {}
         missing: dict[str, str] = {}
-        for event in (autoscale_1_3_1, from_zero):
+        for event in (event for event in SCALED if event.__name__ in only):
             try:
                 scaled[event.__name__] = event(s, quick)
             except NotBroughtAbout as err:  # the others' figures stand
@@ -141,5 +149,11 @@ def body(quick: bool) -> Outcome:
     return outcome
 
 
+def deploy_fixed(s: Session, replicas: int) -> None:
+    """So many replicas, which all run."""
+    s.endpoint.deploy([s.present()], Placement(replicas=replicas))
+    s.wait_for_replicas(replicas)
+
+
 if __name__ == "__main__":
-    harness.main("rollout", body)
+    harness.main("rollout", body, only=EVENTS)
