@@ -21,7 +21,7 @@ PATIENCE = 5.0
 """Times the latency promised, for which it must last."""
 LEAST_PATIENCE_S = 0.25
 """At least so long: a pause of the process is no overload."""
-LEAST_TURNS = 10
+LEAST_TURNS = 5
 """Nor are a few slow turns, as when a model computes for the first time."""
 CALM = 4.0
 """Times as long nobody must have been refused, until it is over: to find out anew makes callers late again."""
@@ -53,7 +53,8 @@ class Admission:
 
     def turned(self, now_s: float, rows: int, seconds: float, waited_s: float) -> None:
         """A turn is over: so many rows were answered in so long, the first caller among them after `waited_s`."""
-        if not self.is_overloaded and waited_s <= MARGIN * self.target_s:  # nearly always
+        late_s = MARGIN * max(self.target_s, seconds)  # what takes long by itself has not waited for others
+        if waited_s <= late_s and not self.is_overloaded:  # nearly always
             self._late_since_s = -math.inf
             return
         if self._late_since_s == -math.inf:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymill.actors.rollout import ModelSpec, Role, Route
-from raymill.actors.version_health import Tally, slow_s, verdict
+from raymill.actors.version_health import Tally, illness, slow_s, verdict
 from raymill.runtime.errors import ContractError, ModelError, RaymillError
 
 _log = logging.getLogger(__name__)
@@ -98,6 +98,11 @@ class Attempts:
             else:
                 self._counts.pop((model, version), None)
         return found
+
+    def illness(self, model: str, version: int) -> str:
+        """Why a live version is ill, by the last `WINDOW_S`; empty: it is well."""
+        counts = self._counts.get((model, version))
+        return "" if counts is None else illness(counts.tally(self._clock()))
 
     def benched_by_model(self) -> dict[str, dict[int, str]]:
         """Model → version → why it gets no rows in this replica."""

@@ -111,8 +111,14 @@ class LoadedModel:
         return any(r.role.answers and r.weight > 0 for r in self.routes)
 
     def is_ready(self, version: int | None) -> bool:
-        """Whether it answers, or that version of it is loaded."""
-        return self.ready if version is None else version in self.programs
+        """Whether it answers and is not ill, or that version of it is loaded."""
+        return self.ready and not self.illness if version is None else version in self.programs
+
+    @property
+    def illness(self) -> str:
+        """Why its answers are errors, where most of them are lately; empty: it is well."""
+        live = [r for r in self.routes if r.role is Role.LIVE and r.weight > 0]
+        return next(filter(None, (self.attempts.illness(self.spec.name, r.version) for r in live)), "")
 
     @cached_property
     def is_away(self) -> bool:

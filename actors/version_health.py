@@ -19,6 +19,8 @@ FAILED_CANARY = 0.01
 """Share of a canary's calls that may fail."""
 FAILED_LIVE = 0.05
 """Share of the live version's calls that may fail: going back is a larger step, and nothing is computed beside it."""
+ILL = 0.5
+"""Share of the live version's calls that may fail before its model counts as not ready: 14 of 14 are enough."""
 SLOW = 0.01
 """Share of calls that may be slow, as the target is one for 99 of 100."""
 PROBATION_S = 3600.0
@@ -77,6 +79,13 @@ def verdict(version: Tally, other: Tally, *, canary: bool) -> str:
             f"({1e3 * version.seconds / version.calls:.1f} ms each), {other.slow} of {other.calls} of the other version"
         )
     return ""
+
+
+def illness(live: Tally) -> str:
+    """Why a live version is ill, with figures; empty: it is well. It stays: nothing may be there to answer for it."""
+    if at_least(live.failed, live.calls) <= ILL:
+        return ""
+    return f"{live.failed} of {live.calls} batches failed; {live.why or 'no reason was given'}"
 
 
 def at_least(hits: int, of: int) -> float:

@@ -193,6 +193,29 @@ def test_an_answer_that_is_not_finite_is_that_callers_error(run):
     assert answers[2].json()["outputs"][0]["data"] == [10.0]
 
 
+def test_a_model_that_fails_always_is_not_ready_until_it_answers_again(run):
+    def fails(x):
+        raise RuntimeError("its memory is gone")
+
+    async def ask(client, count):
+        for _ in range(count):
+            answer = await client.post("/predict/taxi", json={"rows": [ROW]})
+        return answer.status_code, (await client.get("/v2/health/ready")).status_code
+
+    async def test(found, client):
+        model_ = found.models.models["taxi"]
+        well = await ask(client, 1)
+        found.models.models["taxi"] = replace(model_, programs={1: fails})
+        ill = await ask(client, 20)
+        one = (await client.get("/v2/models/taxi/ready")).json(), (await client.get("/v2/health/live")).status_code
+        found.models.models["taxi"] = model_
+        return well, ill, one, await ask(client, 40)
+
+    well, ill, one, again = run(test, LIVE)
+    assert (well, ill, again) == ((200, 200), (500, 400), (200, 200))
+    assert one == ({"name": "taxi", "ready": False}, 200)
+
+
 def test_a_full_line_answers_429(run):
     async def ask(client):
         return (await client.post("/predict/taxi", json={"rows": [ROW] * 50})).status_code

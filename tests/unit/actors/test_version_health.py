@@ -5,7 +5,17 @@ from math import comb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.actors.version_health import ERROR, FAILED_CANARY, Tally, at_least, at_most, pooled, slow_s, verdict
+from raymill.actors.version_health import (
+    ERROR,
+    FAILED_CANARY,
+    Tally,
+    at_least,
+    at_most,
+    illness,
+    pooled,
+    slow_s,
+    verdict,
+)
 
 COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -57,6 +67,13 @@ def test_the_live_version_is_given_more_than_a_canary():
     assert verdict(few, Tally(), canary=True)
     assert verdict(few, Tally(), canary=False) == ""
     assert verdict(Tally(calls=1000, failed=200), Tally(), canary=False)
+
+
+def test_a_live_version_is_ill_where_most_of_its_batches_fail_not_where_a_few_do():
+    assert illness(Tally(calls=13, failed=13)) == ""
+    assert "14 of 14 batches failed; it raises" in illness(Tally(calls=14, failed=14, why="it raises"))
+    assert illness(Tally(calls=1000, failed=400)) == ""
+    assert illness(Tally(calls=1000, slow=1000)) == ""  # slow is not ill: overload leaves it green
 
 
 def test_replicas_are_taken_together():
