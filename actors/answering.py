@@ -5,6 +5,7 @@ Invariant: what is answered depends on the call alone, never on the lane it came
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from raymill.actors.asgi import Reply
 from raymill.actors.models import Answer, LoadedModel, Question
 from raymill.actors.oip import Infer
 from raymill.actors.rollout import ModelSpec
-from raymill.runtime.errors import RequestError, UnknownVersion
+from raymill.runtime.errors import RaymillError, RequestError, UnknownVersion
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
 Write = Callable[[Answer], Reply]
@@ -48,9 +51,9 @@ class Call(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HttpCall:
-    """A request to predict over HTTP."""
+    """A request to predict over HTTP; not frozen, since one is made for each request."""
 
     model: str
     """Name in the path."""
@@ -61,6 +64,8 @@ class HttpCall:
     headers: Mapping[str, str]
     """Names in lower case."""
     body: bytes
+    bare: bool = False
+    """Whether body and model alone say what is asked, in JSON: no header has a part in it."""
 
     @property
     def timeout_s(self) -> float | None:
@@ -75,6 +80,26 @@ class HttpCall:
     def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
         """As `Call.read`."""
         return _read_infer(self, model.spec, now_us) if self.infer else _read_rows(self, model.spec, now_us)
+
+
+def failure(err: Exception, what: str) -> Reply:
+    """What a caller is told of an error; one that is none of ours is logged with its trace."""
+    if not isinstance(err, RaymillError):
+        _log.error("request to %s failed", what, exc_info=err)
+        err = RaymillError("the replica failed on this request: its log has the trace")
+    return asgi.error_reply(err)
+
+
+def finish(write: Write, done: Callable[[Reply], None], answer: Answer | Exception) -> None:
+    """Give a caller its answer."""
+    if isinstance(answer, Answer):
+        try:
+            reply = write(answer)
+        except Exception as err:  # noqa: BLE001 - edge of the application
+            reply = failure(err, "an answer")
+    else:
+        reply = failure(answer, "a batch")
+    done(reply)
 
 
 def rows_of(body: bytes, headers: Mapping[str, str], spec: ModelSpec, now_us: int) -> wire.Rows:

@@ -158,6 +158,8 @@ class FastLane(HttpToolsProtocol):
         """Whether everything goes to uvicorn."""
         self._is_local = False
         """Whether the other end is of this host, or the proxy."""
+        self._socket = -1
+        """Where replies may be written at once; negative: nowhere."""
         self._held = b""
         """What was read and not yet looked at."""
         self._waits = False
@@ -184,12 +186,14 @@ class FastLane(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._is_local = asgi.is_local(self.client[0] if self.client else "")
+        self._socket = _socket_of(transport)
         self._active = self.loop.time()
         self._clock = self.loop.call_later(PATIENCE_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._clock is not None:
             self._clock.cancel()
+        self._socket = -1  # its number may be another connection's from now on
         gone, self._due = self._due, deque()
         for due in gone:
             if due.ticket is not None:
@@ -281,9 +285,8 @@ class FastLane(HttpToolsProtocol):
         if refusal is not None:
             due.answered(refusal)
             return
-        due.ticket = fast.service.submit(
-            HttpCall(head.model, head.infer, head.version, head.headers, body), due.answered
-        )
+        call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
+        due.ticket = fast.service.submit(call, due.answered)
 
     def _turn(self, data: bytes) -> None:
         """These bytes are uvicorn's, once the replies before them have left."""
@@ -347,29 +350,43 @@ class FastLane(HttpToolsProtocol):
         while self._due and (reply := self._due[0].reply) is not None:
             due = self._due.popleft()
             last = not due.head.keep_alive or (self._stops and not self._due and not self._waits)
-            out += self._bytes_of(reply, due.request_id, last)
+            out.append(self._bytes_of(reply, due.request_id, last))
             self._count(due, reply.status)
             if last:
-                self.transport.write(b"".join(out))
+                self._send(b"".join(out))
                 self.transport.close()
                 return
         if out:
             self._active = self.loop.time()
-            self.transport.write(b"".join(out))
-            self._resume_soon()
+            self._send(out[0] if len(out) == 1 else b"".join(out))
+            if self._waits:
+                self._resume_soon()
 
-    def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> list[bytes]:
-        head = f"{len(reply.body)}\r\n"
-        for key, text in reply.headers.items():
-            head += f"{key}: {text}\r\n"
-        head += f"x-request-id: {request_id}\r\n" + ("connection: close\r\n\r\n" if last else "\r\n")
+    def _send(self, data: bytes) -> None:
+        """Into the socket at once: uvloop's own `write` waits until all that can be read has been."""
+        if self._socket < 0 or self.transport.get_write_buffer_size():
+            self.transport.write(data)
+            return
+        try:
+            sent = os.write(self._socket, data)
+        except OSError:  # full, or broken: the transport finds out
+            sent = 0
+        if sent < len(data):
+            self.transport.write(data[sent:])
+
+    def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> bytes:
         begin = self._fast.beginning(reply.status, reply.content_type, self.server_state.default_headers)
-        return [begin, head.encode("latin-1"), reply.body]
+        head = "".join([f"{key}: {text}\r\n" for key, text in reply.headers.items()]) if reply.headers else ""
+        end = "connection: close\r\n\r\n" if last else "\r\n"
+        return b"%b%b%b" % (
+            begin,
+            f"{len(reply.body)}\r\n{head}x-request-id: {request_id}\r\n{end}".encode("latin-1"),
+            reply.body,
+        )
 
     def _count(self, due: _Due, status: int) -> None:
         if self._fast.accounts is not None:
-            path = f"/v2/models/{due.head.model}/infer" if due.head.infer else f"/predict/{due.head.model}"
-            self._fast.accounts.end(status, time.perf_counter() - due.since, due.request_id, path)
+            self._fast.accounts.end(status, time.perf_counter() - due.since, due.request_id, due.head.path)
 
     # Time
 
@@ -395,5 +412,13 @@ class FastLane(HttpToolsProtocol):
     def _refuse(self, reply: Reply) -> None:
         """Tell what is wrong, if nothing is being told yet, and close."""
         if not self._due and not self._uvicorn_answers():
-            self.transport.write(b"".join(self._bytes_of(reply, self._fast.new_request_id(), True)))
+            self.transport.write(self._bytes_of(reply, self._fast.new_request_id(), True))
         self.transport.close()
+
+
+def _socket_of(transport: asyncio.Transport) -> int:
+    """The descriptor of a plain connection; negative: of one with TLS, or in memory."""
+    found = transport.get_extra_info("socket")
+    if found is None or transport.get_extra_info("sslcontext") is not None:
+        return -1
+    return int(found.fileno())

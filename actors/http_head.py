@@ -30,6 +30,8 @@ _ODD = frozenset(
         "te",
     }
 )
+_ASKING = frozenset({"inference-header-content-length", "x-raymill-version", "timeout"})
+"""Headers that say something of what is asked of `/v2/models/…/infer`."""
 _LONGEST_ID = 128
 
 
@@ -49,6 +51,10 @@ class Head:
     keep_alive: bool
     request_id: str | None
     """The caller's name for the request."""
+    path: str
+    """In its short form, for the books."""
+    bare: bool
+    """Whether body and model alone say what is asked, as `HttpCall.bare`."""
 
     @property
     def is_common(self) -> bool:
@@ -80,7 +86,9 @@ def read_head(block: bytes) -> Head | None:
     if route is None or not (request_id is None or _is_plain(request_id)):
         return None
     model, infer, version = route
-    return Head(model, infer, version, headers, int(length), found.keep_alive, request_id)
+    path = f"/v2/models/{model}/infer" if infer else f"/predict/{model}"
+    bare = infer and version is None and not _ASKING & headers.keys()
+    return Head(model, infer, version, headers, int(length), found.keep_alive, request_id, path, bare)
 
 
 def _route(url: bytes) -> tuple[str, bool, str | None] | None:

@@ -8,7 +8,7 @@ Invariants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -77,6 +77,8 @@ class Question:
     """Version that is to answer, whatever the weights."""
     together: bool = False
     """Whether one version answers all rows, chosen by the first id."""
+    apart: bool = False
+    """Whether each row is a caller of its own, who gets an answer where others get an error."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,6 +91,8 @@ class Answer:
     ids: list[str]
     versions: npt.NDArray[np.int64]
     p: Floats
+    errors: Mapping[int, RaymillError] = field(default_factory=dict)
+    """Place of a row of callers apart → why it has no answer; what stands there otherwise means nothing."""
 
 
 @dataclass(frozen=True)
@@ -208,35 +212,48 @@ class LoadedModel:
         self, found: list[tuple[Question, Floats]], log: Log, errors: dict[int, RaymillError]
     ) -> dict[int, Answer]:
         x = found[0][1] if len(found) == 1 else np.concatenate([x for _, x in found])
-        edges = np.cumsum([0, *(len(q) for q, _ in found)])
         routes, questions = self.routes, [q for q, _ in found]
+        # A caller's rows stand or fall together.
+        callers = [n for q in questions for n in ([1] * len(q) if q.apart else [len(q)])]
         batch = Batch(
             spec=self.spec,
             routes=routes,
             programs=self.programs,
             x=x,
-            edges=edges,
-            pinned=[q.pinned is not None for q in questions],
+            edges=np.cumsum([0, *callers]),
+            pinned=[q.pinned is not None for q in questions for _ in range(len(q) if q.apart else 1)],
             chosen=self._choose(questions, routes),
         )
         self.attempts.compute(batch)
-        if batch.errors:
-            errors.update({id(questions[i]): err for i, err in batch.errors.items()})
-            keep = np.repeat([i not in batch.errors for i in range(len(questions))], np.diff(edges))
-            questions = [q for i, q in enumerate(questions) if i not in batch.errors]
-            if not questions:
-                return {}
-            edges = np.cumsum([0, *map(len, questions)])
-            x, p, chosen = x[keep], batch.p[keep], batch.chosen[keep]
-        else:
-            p, chosen = batch.p, batch.chosen
-        versions = np.array([r.version for r in routes], dtype=np.int64)[chosen]
-        scored = self._scored(questions, versions, [str(routes[i].role) for i in chosen.tolist()], x, p)
-        versions, p = log.record(scored, self._shadows(questions, x))
-        return {
-            id(q): Answer(q.ids, versions[a:b], p[a:b])
-            for q, a, b in zip(questions, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-        }
+        versions, p = np.array([r.version for r in routes], dtype=np.int64)[batch.chosen], batch.p
+        scored = self._scored(questions, versions, _roles(routes, batch.chosen), x, p)
+        if not batch.errors:
+            versions, p = log.record(scored, self._shadows(scored))
+        elif len(keep := np.flatnonzero(np.repeat([i not in batch.errors for i in range(len(callers))], callers))):
+            scored = scored.take(keep.tolist())
+            versions[keep], p[keep] = log.record(scored, self._shadows(scored))
+        return self._answers(questions, batch, versions, p, errors)
+
+    def _answers(
+        self,
+        questions: list[Question],
+        batch: Batch,
+        versions: npt.NDArray[np.int64],
+        p: Floats,
+        errors: dict[int, RaymillError],
+    ) -> dict[int, Answer]:
+        answers, row, caller = {}, 0, 0
+        for q in questions:
+            callers, end = len(q) if q.apart else 1, row + len(q)
+            failed = {}
+            if batch.errors:
+                failed = {i: batch.errors[caller + i] for i in range(callers) if caller + i in batch.errors}
+            if failed and not q.apart:
+                errors[id(q)] = failed[0]
+            else:
+                answers[id(q)] = Answer(q.ids, versions[row:end], p[row:end], failed)
+            row, caller = end, caller + callers
+        return answers
 
     def _choose(self, questions: list[Question], routes: tuple[Route, ...]) -> npt.NDArray[np.int64]:
         ids: list[str] = []
@@ -265,16 +282,16 @@ class LoadedModel:
         except (RuntimeError, ValueError, TypeError) as err:
             raise ModelError(f"version {route.version} of model {self.spec.name!r} failed: {err}") from err
 
-    def _shadows(self, questions: list[Question], x: Floats) -> list[Scored]:
+    def _shadows(self, answered: Scored) -> list[Scored]:
         found = []
         for route in (r for r in self.routes if r.role is Role.SHADOW):
             try:
-                p = self._run(route, x)
+                p = self._run(route, answered.x)
             except ModelError as err:  # a shadow's failure is nobody's answer
                 _log.warning("shadow: %s", err)
                 continue
-            versions = np.full(len(x), route.version, dtype=np.int64)
-            found.append(self._scored(questions, versions, [str(route.role)] * len(x), x, p))
+            versions = np.full(len(p), route.version, dtype=np.int64)
+            found.append(replace(answered, versions=versions, roles=[str(route.role)] * len(p), p=p))
         return found
 
     def _scored(
@@ -291,3 +308,9 @@ class LoadedModel:
             x=x,
             p=p,
         )
+
+
+def _roles(routes: Sequence[Route], chosen: npt.NDArray[np.int64]) -> list[str]:
+    if len(routes) == 1:
+        return [str(routes[0].role)] * len(chosen)
+    return [str(routes[i].role) for i in chosen.tolist()]

@@ -56,16 +56,28 @@ class ServeAccounts:
         self._seconds: dict[int, list[float]] = {}
         self._count = 0
         self._waits = False
-        self.begin()
+        self._change = 0
+        """By how much more requests are under way than Serve knows."""
+        self._settles = False
+        self._manager.inc_num_ongoing_requests(self._request)
         self._manager.dec_num_ongoing_requests(self._request)
 
     def begin(self) -> None:
-        """A request is under way: the replica does not leave before it is answered."""
-        self._manager.inc_num_ongoing_requests(self._request)
+        """A request is under way: the replica does not leave before it is answered.
+
+        Serve is told at the end of this turn of the event loop, of what was not answered in it.
+        """
+        self._change += 1
+        if not self._settles:
+            self._settles = True
+            asyncio.get_running_loop().call_soon(self._settle)
 
     def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
         """It was answered so."""
-        self._manager.dec_num_ongoing_requests(self._request)
+        self._change -= 1
+        if not self._settles:
+            self._settles = True
+            asyncio.get_running_loop().call_soon(self._settle)
         self._seconds.setdefault(status, []).append(seconds)
         if not self._waits:
             self._waits = True
@@ -78,6 +90,12 @@ class ServeAccounts:
                     | {"request_id": request_id, "one_of": 1 if status >= 500 else LOGGED_ONE_OF}
                 )
             )
+
+    def _settle(self) -> None:
+        change, self._change, self._settles = self._change, 0, False
+        tell = self._manager.inc_num_ongoing_requests if change > 0 else self._manager.dec_num_ongoing_requests
+        for _ in range(abs(change)):
+            tell(self._request)
 
     def publish(self) -> None:
         """Hand what has gathered to Serve."""
