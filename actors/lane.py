@@ -18,6 +18,9 @@ from raymill.actors.load_meter import LoadMeter
 from raymill.actors.models import Answer, Question
 from raymill.runtime.errors import Expired, Overloaded, RaymillError, Unavailable
 
+TOGETHER = 32
+"""So many callers are a batch, though the loop may have more to read: meanwhile those before them go on."""
+
 Ask = Callable[[list[Question]], "list[Answer | RaymillError]"]
 Done = Callable[["Answer | Exception"], None]
 """Called once, on the event loop, with what the caller gets; never for one who has left."""
@@ -26,10 +29,14 @@ Done = Callable[["Answer | Exception"], None]
 class Ticket:
     """A question in line, and where its answer goes."""
 
-    __slots__ = ("done", "expires_s", "left", "question", "since_s")
+    __slots__ = ("done", "expires_s", "left", "question", "rows", "since_s")
 
-    def __init__(self, question: Question, done: Done, since_s: float = 0.0, expires_s: float = math.inf) -> None:
+    def __init__(
+        self, question: Question | None, done: Done, since_s: float = 0.0, expires_s: float = math.inf
+    ) -> None:
+        """`question` is None for one row that is read when its batch is made up (`Lane`'s `gather`)."""
         self.question, self.done = question, done
+        self.rows = 1 if question is None else len(question)
         self.since_s = since_s
         """Monotonic time at which it came."""
         self.expires_s = expires_s
@@ -38,7 +45,7 @@ class Ticket:
         """Set by a caller who has gone away: what still waits is not computed."""
 
     def __len__(self) -> int:
-        return len(self.question)
+        return self.rows
 
 
 class Lane:
@@ -54,16 +61,22 @@ class Lane:
         meter: LoadMeter | None = None,
         is_here: Callable[[], bool] = lambda: True,
         bring_back: Callable[[], None] = lambda: None,
+        gather: Callable[[list[Ticket]], list[Ticket]] = lambda batch: batch,
     ) -> None:
-        """While the model is not in memory (`is_here`) callers wait, and it is brought back in another thread."""
+        """While the model is not in memory (`is_here`) callers wait, and it is brought back in another thread.
+
+        `gather` brings tickets of a batch together: each that it gives has a question.
+        """
         self._ask = ask
         self._executor = executor
-        self._is_here, self._bring_back = is_here, bring_back
+        self._is_here, self._bring_back, self._gather = is_here, bring_back, gather
         self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
         self.pace = Pace()
         self.admission = Admission()
         self._busy = False
+        self._soon = False
+        """Whether the next batch begins in this turn of the loop or the next one."""
         self._turned_s = -math.inf
         """When the last batch had been answered."""
         self._here_since_s = -math.inf
@@ -97,14 +110,22 @@ class Lane:
             Overloaded: the line is full, or the request could not be answered in time.
         """
         self.admit(len(question))
-        loop = asyncio.get_running_loop()
         now = time.monotonic()  # the loop's own clock stands still while it reads one round of requests
-        ticket = Ticket(question, done, now, math.inf if timeout_s is None else now + timeout_s)
+        return self.stand(Ticket(question, done, now, math.inf if timeout_s is None else now + timeout_s))
+
+    def stand(self, ticket: Ticket) -> Ticket:
+        """Put a ticket in line, which was admitted.
+
+        Raises:
+            Overloaded: the line is full.
+        """
         self.line.offer(ticket)
         if not self._busy:
-            self._busy = True
+            self._busy = self._soon = True
             # Not at once: whatever the loop reads in this round joins the batch.
-            loop.call_soon(self._next)
+            asyncio.get_running_loop().call_soon(self._begin)
+        elif self._soon and len(self.line) >= TOGETHER:
+            self._next()
         return ticket
 
     @property
@@ -112,18 +133,23 @@ class Lane:
         """Whether a batch is under way or waits."""
         return self._busy
 
+    def _begin(self) -> None:
+        if self._soon:  # else enough callers came to begin before
+            self._next()
+
     def _next(self) -> None:
+        self._soon = False
         if not self._is_here():
             self._fetch()
             return
         now = time.monotonic()
-        batch = [t for t in self._take() if not t.left and not self._expired(t, now)]
+        batch = self._gather([t for t in self._take() if not t.left and not self._expired(t, now)])
         if not batch:
             self._go_on()
             return
         rows = sum(map(len, batch))
         self._meter.waited(now - batch[0].since_s, rows)
-        questions = [t.question for t in batch]
+        questions = [t.question for t in batch if t.question is not None]
         if self.pace.is_short(rows):
             self._deliver(batch, self._timed(questions, rows))
             self._go_on()
@@ -198,7 +224,8 @@ class Lane:
         self._turned_s = now
 
     def _go_on(self) -> None:
-        if self.line:
-            asyncio.get_running_loop().call_soon(self._next)
+        self._soon = bool(self.line)
+        if self._soon:
+            asyncio.get_running_loop().call_soon(self._begin)
         else:
             self._busy = False

@@ -29,11 +29,13 @@ from raymill.actors import (
     serve_accounts,
     surroundings,
 )
-from raymill.actors.answering import Call, HttpCall, Write
+from raymill.actors.answering import Call, HttpCall, failure, finish
 from raymill.actors.asgi import Reply, Request
 from raymill.actors.door import Door
 from raymill.actors.endpoint import DEPLOYMENT
 from raymill.actors.fastlane import Fast
+from raymill.actors.gathering import KnownTicket, gather
+from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
@@ -100,6 +102,7 @@ class ServingReplica:
         self._reporter = Reporter(self._home, control, self.name, self._report)
         self._changing, self._changes = asyncio.Lock(), set[asyncio.Task[None]]()
         self._lanes: dict[str, Lane] = {}
+        self._known: dict[str, KnownBodies] = {}
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._routes = Routes(
@@ -186,7 +189,7 @@ class ServingReplica:
             except asgi.GoneAway:
                 return
             except Exception as err:  # noqa: BLE001 - edge of the application
-                reply = _failure(err, str(scope.get("path")))
+                reply = failure(err, str(scope.get("path")))
             await asgi.send_reply(send, reply)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -241,14 +244,37 @@ class ServingReplica:
             call, done = self.traces.follow(call, done)
         try:
             model = self.models.named(call.model)
-            lane = self._lane(call.model, model.spec)
+            lane = self._lanes.get(call.model) or self._lane(call.model, model.spec)
             lane.admit()  # before its body is read: whatever is spent on who is refused, others wait for
+            if isinstance(call, HttpCall) and call.bare and model.ready:
+                known = self._known_bodies(model.spec)
+                form = known.find(call.body)
+                if form is not None:
+                    return lane.stand(KnownTicket(call, form, done, time.monotonic()))
+                known.learn(call.body)
             question, write = call.read(model, time.time_ns() // 1000)
             model.check(question)
-            return lane.submit(question, partial(_finish, write, done), call.timeout_s)
+            return lane.submit(question, partial(finish, write, done), call.timeout_s)
         except Exception as err:  # noqa: BLE001 - edge of the application
-            done(_failure(err, call.model))
+            done(failure(err, call.model))
             return None
+
+    def _read(self, call: HttpCall, done: Callable[[Reply], None]) -> Ticket | None:
+        """What stands in line for a call, read the ordinary way; None: it has its answer."""
+        try:
+            model = self.models.named(call.model)
+            question, write = call.read(model, time.time_ns() // 1000)
+            model.check(question)
+        except Exception as err:  # noqa: BLE001 - edge of the application
+            done(failure(err, call.model))
+            return None
+        return Ticket(question, partial(finish, write, done), time.monotonic())
+
+    def _known_bodies(self, spec: ModelSpec) -> KnownBodies:
+        known = self._known.get(spec.name)
+        if known is None or not known.fits(spec):
+            known = self._known[spec.name] = KnownBodies(spec)
+        return known
 
     async def _call(self, request: Request, name: str, infer: bool, version: str | None) -> Reply:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -271,6 +297,7 @@ class ServingReplica:
                 meter=self._load,
                 is_here=partial(self._is_here, name),
                 bring_back=partial(self.models.bring_back, name),
+                gather=partial(gather, read=self._read),
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         lane.target_s = spec.p99_ms / 1000
@@ -336,22 +363,3 @@ def build(args: dict[str, Any]) -> Any:
         keys=args.get("keys", KeyPolicy.OFF),
         control=args.get("control"),
     )
-
-
-def _finish(write: Write, done: Callable[[Reply], None], answer: Answer | Exception) -> None:
-    if isinstance(answer, Answer):
-        try:
-            reply = write(answer)
-        except Exception as err:  # noqa: BLE001 - edge of the application
-            reply = _failure(err, "an answer")
-    else:
-        reply = _failure(answer, "a batch")
-    done(reply)
-
-
-def _failure(err: Exception, what: str) -> Reply:
-    """What a caller is told of an error; one that is none of ours is logged with its trace."""
-    if not isinstance(err, RaymillError):
-        _log.error("request to %s failed", what, exc_info=err)
-        err = RaymillError("the replica failed on this request: its log has the trace")
-    return asgi.error_reply(err)
