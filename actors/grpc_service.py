@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -22,12 +23,14 @@ from urllib.parse import unquote
 
 import grpc
 import orjson
+from google.protobuf.message import DecodeError
 
 from raymill.actors import asgi, oip_grpc
 from raymill.actors.answering import Call, version_of
 from raymill.actors.asgi import Reply
 from raymill.actors.door import PROXY_ALONE, Door
 from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
+from raymill.actors.held_calls import HeldCalls
 from raymill.actors.lane import Ticket
 from raymill.actors.model_set import ModelSet
 from raymill.actors.open_inference_pb2 import (
@@ -44,8 +47,9 @@ from raymill.actors.open_inference_pb2 import (
     ServerReadyResponse,
 )
 from raymill.actors.serve_accounts import GONE, ServeAccounts, open_access_log
+from raymill.actors.waiting_room import GRPC_VARIABLE, HELD_VARIABLE, HTTP_VARIABLE, own_door
 from raymill.runtime.api_keys import Right
-from raymill.runtime.errors import RaymillError, Unavailable
+from raymill.runtime.errors import RaymillError, RequestError, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.UNAVAILABLE,
     409: grpc.StatusCode.FAILED_PRECONDITION,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -95,15 +100,16 @@ def add_to_server(_: Any, server: Any) -> None:
     """Offer the service on a gRPC server of Serve's (`grpc_servicer_functions`)."""
     if hasattr(server, "add_passthrough_service"):
         server.add_passthrough_service(SERVICE)
-    methods = _Methods(_accounts(server))
+    methods = _Methods(_accounts(server), _held_calls(server))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods.handlers()),))
 
 
 class _Methods:
     """The seven methods."""
 
-    def __init__(self, accounts: Accounts) -> None:
-        self._accounts = accounts
+    def __init__(self, accounts: Accounts, held: HeldCalls | None) -> None:
+        """`held`: where calls wait for a replica, in a process that is none."""
+        self._accounts, self._held = accounts, held
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By name; `ModelInfer` gets and gives bytes."""
@@ -117,29 +123,60 @@ class _Methods:
         }
         found = {
             name: unary(
-                _asked(answer, None if name == "ServerLive" else Right.PREDICT),
-                request_deserializer=kind.FromString,
-                response_serializer=_bytes,
+                self._asked(name, answer, kind),
             )
             for name, (answer, kind) in simple.items()
         }
         found["ModelInfer"] = unary(self.infer)
-        found["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream, response_serializer=_bytes)
+        found["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
         return found
+
+    def _asked(self, name: str, answer: Callable[[Any], Any], kind: type[Any]) -> Callable[[bytes, Context], Any]:
+        """A method that knows its answer at once."""
+        right = None if name == "ServerLive" else Right.PREDICT
+
+        async def method(request: bytes, context: Context) -> bytes:
+            if right is not None and self._waits:
+                return await self._wait(name, request, context)
+            refusal = _refused(context, right)
+            try:
+                if refusal is None:
+                    return _bytes(answer(kind.FromString(request)))
+            except DecodeError as err:
+                refusal = asgi.error_reply(RequestError(f"the message is no {kind.__name__} ({err})"))
+            except RaymillError as err:
+                refusal = asgi.error_reply(err)
+            return await _abort(context, refusal)
+
+        return method
+
+    @property
+    def _waits(self) -> bool:
+        return self._held is not None and not _here
+
+    async def _wait(self, name: str, request: bytes, context: Context) -> bytes:
+        assert self._held is not None
+        return await self._held.unary(_path(name), request, context, Right.PREDICT, _is_local(context.peer()))
 
     async def infer(self, request: bytes, context: Context) -> bytes:
         """`ModelInfer`: a message in, a message out."""
+        if self._waits:
+            return await self._wait("ModelInfer", request, context)
         refusal = _refused(context)
         reply = refusal if refusal is not None else await self._answer(request, _trace_of(context))
-        if reply.status != 200:
-            await context.abort(_code(reply.status), _words(reply))
-        return reply.body
+        return reply.body if reply.status == 200 else await _abort(context, reply)
 
-    async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[ModelStreamInferResponse]:
+    async def stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """`ModelStreamInfer`: answers in the order of the requests, of which `PIPELINED` may be under way."""
+        if self._waits:
+            assert self._held is not None
+            paths, is_local = (_path("ModelStreamInfer"), _path("ServerReady")), _is_local(context.peer())
+            async for answer in self._held.stream(*paths, requests, context, Right.PREDICT, is_local):
+                yield answer
+            return
         refusal = _refused(context)
         if refusal is not None:
-            await context.abort(_code(refusal.status), _words(refusal))
+            await _abort(context, refusal)
         under_way: deque[asyncio.Task[Reply]] = deque()
         trace = _trace_of(context)
         try:
@@ -194,25 +231,19 @@ def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:
     return oip_grpc.model_metadata(model.spec, sorted(model.programs))
 
 
-def _asked(answer: Callable[[Any], Any], right: Right | None) -> Callable[[Any, Context], Any]:
-    """A method that knows its answer at once."""
-
-    async def method(request: Any, context: Context) -> Any:
-        refusal = _refused(context, right)
-        try:
-            if refusal is None:
-                return answer(request)
-        except RaymillError as err:
-            refusal = asgi.error_reply(err)
-        await context.abort(_code(refusal.status), _words(refusal))
-
-    return method
+async def _abort(context: Context, reply: Reply) -> bytes:
+    await context.abort(_code(reply.status), _words(reply))
+    raise AssertionError("abort raises")
 
 
-def _streamed(reply: Reply) -> ModelStreamInferResponse:
+def _path(method: str) -> str:
+    return f"/{SERVICE}/{method}"
+
+
+def _streamed(reply: Reply) -> bytes:
     if reply.status == 200:
-        return ModelStreamInferResponse(infer_response=ModelInferResponse.FromString(reply.body))
-    return ModelStreamInferResponse(error_message=_words(reply))
+        return _bytes(ModelStreamInferResponse(infer_response=ModelInferResponse.FromString(reply.body)))
+    return _bytes(ModelStreamInferResponse(error_message=_words(reply)))
 
 
 def _code(status: int) -> grpc.StatusCode:
@@ -248,6 +279,15 @@ def _is_local(peer: str) -> bool:
 def _bytes(message: Any) -> bytes:
     data: bytes = message.SerializeToString()
     return data
+
+
+def _held_calls(server: Any) -> HeldCalls | None:
+    """Where calls wait, if this is the server of Serve's fallback proxy."""
+    owner = getattr(getattr(server, "service_handler_factory", None), "__self__", None)
+    if owner is None or hasattr(owner, "_metrics_manager") or GRPC_VARIABLE not in os.environ:
+        return None
+    ports = {"http_port": int(os.environ[HTTP_VARIABLE]), "grpc_port": int(os.environ[GRPC_VARIABLE])}
+    return HeldCalls(own_door(), _abort, held_s=float(os.environ[HELD_VARIABLE]), **ports)
 
 
 def _accounts(server: Any) -> Accounts:

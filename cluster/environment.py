@@ -15,6 +15,7 @@ from typing import Any
 from raymill.cluster.ports import BLOCK, Ports
 from raymill.cluster.processes import SESSION_MARK
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
+from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import SpecError
 from raymill.runtime.home import HOME_VARIABLE, Home
 
@@ -41,6 +42,9 @@ PROXY_BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 GRPC_SERVICER_FUNCTION = "raymill.actors.grpc_service.add_to_server"
 """Serve calls it with each gRPC server it starts, and opens no port for gRPC if it is told of none at its own start."""
+
+WAITING_ROOM = "raymill.actors.waiting_room:middlewares"
+"""What the fallback proxy, and each replica, asks for what to put before its HTTP server; a replica gets nothing."""
 
 HELD_S = 60
 """How long a request may wait for its answer, held while the first replica starts: it then gets a 408."""
@@ -85,7 +89,13 @@ def kernels_version(package: Path = Path(__file__).parents[1] / "actors") -> str
 
 
 def cluster_environment(
-    base: Mapping[str, str], client: Mapping[str, str], home: Home, scratch: Path, ports: Ports, interface: str = ""
+    base: Mapping[str, str],
+    client: Mapping[str, str],
+    home: Home,
+    scratch: Path,
+    ports: Ports,
+    interface: str = "",
+    keys: KeyPolicy = KeyPolicy.OFF,
 ) -> dict[str, str]:
     """Variables of the head and, by inheritance, of every process of the session.
 
@@ -96,11 +106,13 @@ def cluster_environment(
         scratch: short-named folder for sockets, Ray's session and HAProxy.
         ports: the session's ports.
         interface: network interface that reaches all nodes, where they do not share one.
+        keys: who needs a key, for those who come while no replica runs.
     """
     return {
         **{k: v for k, v in base.items() if k not in _FOREIGN},
         **{k: v for k, v in client.items() if k not in _FOREIGN},
         SESSION_MARK: str(home.root),
+        "RAYMILL_KEYS": keys.value,
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_INSTANCE,
         "RAY_NODE_TYPE_NAME": HEAD_TYPE,
@@ -139,6 +151,9 @@ def serve_environment(ports: Ports) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),  # 8500 would be shared by two sessions
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": WAITING_ROOM,
+        "RAYMILL_GRPC_PORT": str(ports.grpc),
+        "RAYMILL_HELD_S": str(HELD_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replica_http),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replica_http + BLOCK),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc),

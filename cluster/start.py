@@ -117,7 +117,7 @@ def head(session: Session, config: ClusterConfig) -> None:
     ]
     interface = namespace.network_of(home.root).name if session.isolate else ""
     environment = {
-        **cluster_environment(os.environ, session.environment(), home, scratch, ports, interface),
+        **cluster_environment(os.environ, session.environment(), home, scratch, ports, interface, session.keys),
         **serve_proxy.lay_launcher(scratch / "ha"),
     }
     log = head_log(home)
