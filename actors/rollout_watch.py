@@ -1,6 +1,7 @@
 """The actor `rollouts`: hears from every replica, and takes a version that has to go out of registry and replicas.
 
 The first replica that starts brings it up; its name makes it the only one that decides. Invariants
+- It runs the code of the replica that started last: one of other code is ended, and a new one brought up.
 - Registry first, then the replicas by `user_config`. Killed in between it hears from the replicas of the same version
   again, finds the registry changed, and brings the replicas to it; each step may be made twice.
 - It holds nothing that is not told again: what a version did lately is counted in the replicas.
@@ -10,6 +11,7 @@ The first replica that starts brings it up; its name makes it the only one that 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -19,7 +21,7 @@ from typing import Any
 
 from raymill.actors.endpoint import Endpoint
 from raymill.actors.version_health import PROBATION_S, Report, Withdrawal, withdrawals
-from raymill.runtime.errors import Conflict, RaymillError
+from raymill.runtime.errors import Conflict, RaymillError, Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Event, ModelVersion, Stage
 from raymill.runtime.records import RemoteRecords
@@ -34,6 +36,7 @@ FRESH_S = 5.0
 """How old a report may be to count for a decision."""
 _KEPT_S = 60.0
 _LOOK_S = 0.25
+_ANSWERS_S = 60.0
 
 
 class RolloutWatch:
@@ -47,6 +50,7 @@ class RolloutWatch:
         self._home, self._control = Home(Path(home)), control
         self._records = records if records is not None else RemoteRecords()
         self._endpoint = endpoint
+        self._code = code_on_disk()
         self._told: dict[str, tuple[float, Report]] = {}
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
@@ -67,6 +71,10 @@ class RolloutWatch:
     def health(self) -> bool:
         """Whether it decides."""
         return self._thread is not None and self._thread.is_alive()
+
+    def code(self) -> str:
+        """`code_on_disk` when it was started."""
+        return self._code
 
     def report(self, told: Report) -> None:
         """A replica says how it is."""
@@ -142,7 +150,9 @@ class Reporter:
         self._home, self._control, self._state = home, control, state
         self.replica = replica
         """Serve's id of the replica; outside Serve the one given."""
+        self._code = code_on_disk()
         self._watch: Any = None
+        self._last: Any = None
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -157,10 +167,8 @@ class Reporter:
             return
         from ray import serve
 
-        from raymill.runtime.spawn import on_head, spawn
-
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self._watch = spawn(RolloutWatch, str(self._home.root), self._control, name=NAME, **on_head())
+        self._watch = bring_up(self._home, self._control)
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
@@ -171,7 +179,7 @@ class Reporter:
     def now(self) -> None:
         """Tell at once; does not wait for the actor."""
         if self._watch is not None:
-            self._watch.report.remote(self._state())
+            self._last = self._watch.report.remote(self._state())
 
     def reports(self) -> list[Report]:
         """What every replica said last; waits for the actor.
@@ -187,5 +195,59 @@ class Reporter:
         return found
 
     def _run(self) -> None:
+        assert self._control is not None
+        self._watch = renewed(self._watch, self._code, self._home, self._control)
         while not self._ends.wait(self.PERIOD_S):
+            if is_lost(self._last):  # a replica of other code has ended the actor: there is a new one
+                self._watch = bring_up(self._home, self._control)
             self.now()
+
+
+def code_on_disk() -> str:
+    """Digest of raymill's modules as they lie on this host now: what a process that starts now runs."""
+    found = hashlib.sha256()
+    for folder in ("actors", "runtime"):
+        for path in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+            found.update(b"%s\0%d\0" % (path.name.encode(), path.stat().st_size) + path.read_bytes())
+    return found.hexdigest()
+
+
+def bring_up(home: Home, control: dict[str, Any]) -> Any:
+    """Handle of the actor; it is started if it does not run."""
+    from raymill.runtime.spawn import on_head, spawn
+
+    return spawn(RolloutWatch, str(home.root), control, name=NAME, **on_head())
+
+
+def renewed(watch: Any, code: str, home: Home, control: dict[str, Any]) -> Any:
+    """Handle of the actor, which is ended and brought up anew if it runs other code than that."""
+    from raymill.runtime.spawn import ask, end
+
+    try:
+        told = ask(watch.code.remote(), timeout_s=_ANSWERS_S)
+    except AttributeError:
+        told = ""  # it is from before it could say
+    except Unavailable:
+        return watch  # it is being restarted, which loads the code that is on disk
+    if told == code:
+        return watch
+    _log.warning("the actor %s runs other code than this replica: it is brought up anew", NAME)
+    end(NAME)
+    return bring_up(home, control)
+
+
+def is_lost(call: Any) -> bool:
+    """Whether a call was not answered because its actor is no more."""
+    import ray
+
+    from raymill.runtime.spawn import ask
+
+    if call is None or not ray.wait([call], timeout=0)[0]:
+        return False
+    try:
+        ask(call)
+    except Unavailable:
+        return True
+    except Exception:  # noqa: BLE001 - an actor of other code may make nothing of what it is told, until it is ended
+        return False
+    return False
