@@ -11,6 +11,10 @@ measured. The parts, each measured alone by `--only PART`:
 - `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
 - `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
   thread (`in_process`).
+- `load`: one row as JSON at 70 % of the rate that 100 clients were answered at a moment before, arriving as from a
+  crowd (`wrk.at_rate`); what it came to is `load70_share`. `p99_at_load70`: five times its p50, over its p99.
+- `features`: `/predict/online` with the entities of a row, whose features the replica looks up (`serving_online`), by
+  100 clients; `features_p99`: 50 ms over its p99, `features_rps_vs_vectors`: against ready vectors of the same model.
 
 `--quick`: two repetitions of 2 s each.
 """
@@ -26,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import grpc_load, harness, serving_bodies, wrk
+from benchmarks import grpc_load, harness, serving_bodies, serving_online, wrk
 from benchmarks.harness import Figures, Measured, Outcome, Side, compare
 from benchmarks.serving_peers import PEERS, Up, endpoint, peer
 
@@ -41,6 +45,8 @@ BARS = {
     "rows64_vs_in_process": 0.5,
     "grpc_rps_vs_serve_grpc": 3,
     "grpc_rps_vs_serve_fast_grpc": 3,
+    "p99_at_load70": 1,
+    "features_p99": 1,
 }
 """What is claimed."""
 
@@ -76,6 +82,28 @@ def measure_rows(up: Up, folder: Path, seconds: float) -> Figures:
     return found
 
 
+def measure_load(up: Up, seconds: float) -> Figures:
+    """One row as JSON at 70 % of what 100 clients get."""
+    post = wrk.Post(up.url, up.body)
+    most = wrk.closed(post, clients=100, seconds=seconds)["rps"]
+    found = wrk.at_rate(post, rate=0.7 * most, seconds=seconds)
+    figures = {f"load70_{name}": value for name, value in found.items()}
+    return {**figures, "load70_share": found["rps"] / most}
+
+
+def measure_features(up: Up, folder: Path, seconds: float) -> Figures:
+    """Rows with entities, and ready vectors of the same model, by 100 clients."""
+    root = up.url.partition("/v2/")[0]
+    urls = {"features": f"{root}/predict/online", "vectors": f"{root}/v2/models/online/infer"}
+    bodies = {"features": folder / "online.lines", "vectors": folder / "vectors.lines"}
+    found: Figures = {}
+    for name, url in urls.items():
+        post = wrk.Post(url, bodies[name])
+        wrk.closed(post, clients=100, seconds=1)  # warm
+        found |= {f"{name}_{f}_c100": v for f, v in wrk.closed(post, clients=100, seconds=seconds).items()}
+    return found
+
+
 def measure_in_process(folder: Path, seconds: float) -> Figures:
     """The limit: 64 rows a call, one thread."""
     from raymill.actors.surroundings import load_program
@@ -104,6 +132,17 @@ def enter_rows(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
     compare(outcome, "rows64_vs_in_process", binary)
 
 
+def enter_load(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
+    runs = found.runs["ours"]
+    compare(outcome, "p99_at_load70", [5 * r["load70_p50_ms"] / r["load70_p99_ms"] for r in runs])
+
+
+def enter_features(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
+    runs = found.runs["ours"]
+    compare(outcome, "features_p99", [50 / r["features_p99_ms_c100"] for r in runs])
+    compare(outcome, "features_rps_vs_vectors", [r["features_rps_c100"] / r["vectors_rps_c100"] for r in runs])
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the claim."""
@@ -129,10 +168,20 @@ def _rows_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str,
     return {"ours": ours, "in_process": partial(measure_in_process, folder, seconds)}
 
 
+def _load_sides(up: Mapping[str, Up], _: Path, seconds: float) -> dict[str, Side]:
+    return {"ours": partial(measure_load, up["ours"], seconds)}
+
+
+def _features_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str, Side]:
+    return {"ours": partial(measure_features, up["ours"], folder, seconds)}
+
+
 PARTS = {
     "rps": Part(_rps_sides, enter_rps, PEERS),
     "grpc": Part(_grpc_sides, enter_grpc, ("serve_default", "serve_fast")),
     "rows": Part(_rows_sides, enter_rows),
+    "load": Part(_load_sides, enter_load),
+    "features": Part(_features_sides, enter_features),
 }
 
 
@@ -144,8 +193,10 @@ def body(quick: bool, only: Collection[str], against: Collection[str]) -> Outcom
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmbodies")))
         serving_bodies.write(folder)
+        if online := "features" in only:
+            serving_online.write(folder)
         up = {name: stack.enter_context(peer(name, folder)) for name in peers}
-        up["ours"] = stack.enter_context(endpoint(folder))
+        up["ours"] = stack.enter_context(endpoint(folder, online=online))
         found = harness.alternate(dict(_merged(part.sides(up, folder, seconds) for part in parts)), repetitions)
     outcome = Outcome(found.figures("ours"), {name: found.figures(name) for name in found.runs if name != "ours"})
     outcome.repetitions = repetitions

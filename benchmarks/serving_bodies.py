@@ -45,5 +45,5 @@ def _train(path: Path) -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(5000, WIDTH)).astype(np.float32)
     y = x[:, 0] * x[:, 1] + x[:, 2] + random.normal(size=5000) > 0
-    settings = {"objective": "binary:logistic", "max_depth": 6, "nthread": 2, "seed": 0}
+    settings = {"objective": "binary:logistic", "max_depth": 6, "nthread": 1, "seed": 0}
     xgboost.train(settings, xgboost.DMatrix(x, y), 200).save_model(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks import grpc_load, harness
+from benchmarks import grpc_load, harness, serving_online
 from benchmarks.endpoint_host import hosted, process
 from benchmarks.harness import peer_environment, peer_python
 from benchmarks.serving_bodies import WIDTH
@@ -25,6 +25,7 @@ from raymill.actors.endpoint import Placement
 from raymill.actors.rollout import ModelSpec, Role, Route
 from raymill.cluster.environment import haproxy_files, serve_environment
 from raymill.cluster.ports import choose
+from raymill.runtime.home import Home
 
 PEERS = ("mosec", "fastapi", "serve_default", "serve_fast")
 FAST_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -66,17 +67,21 @@ def peer(name: str, folder: Path) -> Iterator[Up]:
 
 
 @contextmanager
-def endpoint(folder: Path) -> Iterator[Up]:
-    """Ours, on a cluster of its own, by its public ports.
+def endpoint(folder: Path, *, online: bool = False) -> Iterator[Up]:
+    """Ours, on a cluster of its own, by its public ports; with the model `online` beside `bench` if it is wanted.
 
     Raises:
         RuntimeError: at the end, the fast lane was shut.
     """
-    with hosted([folder / "model.ubj"]) as host:
+    files = [folder / "model.ubj", *([folder / "online.ubj"] if online else [])]
+    with hosted(files) as host:
+        if online:
+            serving_online.fill(Home(host.root / "home"))
         found = host.endpoint
         inputs = tuple(f"f{i}" for i in range(WIDTH))
         route = Route(version=1, digest=host.digests[0], role=Role.LIVE)
-        found.deploy([ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))], Placement())
+        models = [ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))]
+        found.deploy([*models, *map(serving_online.spec, host.digests[1:])], Placement())
         url, row = f"{found.url}/v2/models/bench/infer", folder / "row.json"
         wait_for(url, row.read_bytes(), host.root)
         yield Up(url, row, _answering(host.grpc_port, folder))
