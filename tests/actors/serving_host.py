@@ -13,8 +13,29 @@ import ray
 import torch
 from ray import serve
 
+from raymill.actors.envelope import Envelope, pack
 from raymill.runtime.records import NAME, RecordsActor
 from raymill.runtime.spawn import find, spawn
+
+CODE = """
+import time
+import numpy as np
+
+SQUARE = np.ones((128, 128), np.float32)
+
+def slow(x):
+    "Ten milliseconds a row, on the core; others may go on meanwhile."
+    end = time.thread_time() + 0.01 * len(x)
+    while time.thread_time() < end:
+        SQUARE @ SQUARE
+    return np.nan_to_num(x[:, 0])
+
+def ill(x):
+    "Answers the trial rows only."
+    if np.nan_to_num(x).max() > 100:
+        raise RuntimeError("its memory is gone")
+    return np.nan_to_num(x[:, 0])
+"""
 
 
 class Constant(torch.nn.Module):
@@ -71,6 +92,7 @@ def main(home: str, dashboard_port: int) -> None:
     programs = {
         "taxi": [exported(Constant(0.1), 2), exported(Constant(0.2), 2), b"no program"],
         "bus": [exported(Constant(0.1), 2), *(exported(Failing(how / 10, how % 4), 2) for how in (1, 2, 3, 5))],
+        **{name: [pack(Envelope(form="code", target=f"code:{name}", source=CODE))] for name in ("slow", "ill")},
     }
     digests = {
         model: [
