@@ -69,12 +69,14 @@ class HeldCalls:
     ) -> AsyncIterator[bytes]:
         """A replica's answers to a stream, which is passed on once the method `ready` is answered."""
         await self.unary(ready, b"", context, right, is_local)
-        metadata = _metadata(context)
+        call = self._calls.stream_stream(method)(messages, metadata=_metadata(context))
         try:
-            async for answer in self._calls.stream_stream(method)(messages, metadata=metadata):
+            async for answer in call:
                 yield answer
         except grpc.aio.AioRpcError as err:
             await context.abort(err.code(), err.details() or "")
+        finally:
+            call.cancel()  # the caller may have left
 
     @property
     def _calls(self) -> Any:
