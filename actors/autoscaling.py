@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from raymill.actors.load_meter import from_stats
+from raymill.actors.prepared import spare_of
 from raymill.actors.scaling import Load, Memory, Scaling, Seen, decide
 from raymill.actors.scheduler import NAME as SCHEDULER
 from raymill.runtime.errors import RaymillError
@@ -64,12 +65,17 @@ class QueueingDelayPolicy:
     """One endpoint's; Serve makes a new one with each change of the configuration."""
 
     def __init__(
-        self, scaling: dict[str, Any], request: dict[str, Any] | None = None, leaving_s: float = LEAVING_S
+        self,
+        scaling: dict[str, Any],
+        request: dict[str, Any] | None = None,
+        leaving_s: float = LEAVING_S,
+        prepared: dict[str, str] | None = None,
     ) -> None:
-        """The values of `autoscaling_config`."""
+        """The values of `autoscaling_config`; `prepared`: variables of the replicas a process is prepared for."""
         self._scaling = Scaling(**scaling)
         asked = LeaseRequest(**{**request, "purpose": Purpose(request["purpose"])}) if request else None
         self._grants = _Grants(asked, leaving_s) if asked else None
+        self._spare = spare_of(prepared) if prepared else None
         self._said = ""
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -83,6 +89,8 @@ class QueueingDelayPolicy:
             target=ctx.target_num_replicas,
             waiting=ctx.total_num_requests,
         )
+        if self._spare is not None:
+            self._spare.keep(seen.running, now)
         memory = Memory.from_json(ctx.policy_state)
         wanted = decide(seen, self._scaling, memory)
         replicas = wanted.replicas

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from raymill.actors.prepared import environment
 from raymill.actors.rollout import ModelSpec, from_user_config, generation, reroute, to_user_config, without
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy, read_key_file
@@ -68,6 +69,14 @@ class Placement:
     """Environment variables of each."""
     autoscaling: dict[str, Any] = field(default_factory=dict)
     """`autoscaling_config`, where the number follows the load; empty: it stays `replicas`."""
+    prepare: tuple[str, ...] = ()
+    """Modules that a process has imported which waits on the head for the next replica of those that follow the load;
+    empty: none waits."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """All environment variables of a replica."""
+        return {**self.env, **environment(self.prepare)} if self.autoscaling and self.prepare else self.env
 
 
 class Endpoint:
@@ -165,8 +174,8 @@ class Endpoint:
             actor["resources"] = placement.resources
         if placement.label_selector:
             actor["label_selector"] = placement.label_selector
-        if placement.env:
-            actor["runtime_env"] = {"env_vars": placement.env}
+        if placement.variables:
+            actor["runtime_env"] = {"env_vars": placement.variables}
         deployment = {
             "name": DEPLOYMENT,
             **number(placement),
@@ -353,7 +362,10 @@ def number(placement: Placement) -> dict[str, Any]:
     """How many replicas, in the words of Serve's configuration."""
     if not placement.autoscaling:
         return {"num_replicas": placement.replicas}
-    return {"autoscaling_config": placement.autoscaling, **HELD}
+    scaled = copy.deepcopy(placement.autoscaling)
+    if placement.prepare:
+        scaled["policy"]["policy_kwargs"]["prepared"] = placement.variables
+    return {"autoscaling_config": scaled, **HELD}
 
 
 def ray_headers() -> dict[str, str]:

@@ -37,6 +37,9 @@ from raymill.runtime.records import RecordsActor, RemoteRecords
 from raymill.runtime.spawn import Remote, ask, driver_and_head, on_head, spawn
 from raymill.runtime.spec import Pipeline
 
+PREPARED = ("raymill.actors.program", "raymill.actors.online")
+"""What replicas of trained models import beside what all do."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -74,7 +77,9 @@ class World:
         granted = self.scheduler.grant(wanted)
         scaling = scaling_of(serve)
         scaled = autoscaling_config(scaling, wanted) if scaling else {}
-        self.endpoint.deploy(models, Placement(replicas=len(granted.leases), autoscaling=scaled, **where))
+        prepare = PREPARED if "resources" in where else ()  # elsewhere nobody knows on which node
+        count = len(granted.leases)
+        self.endpoint.deploy(models, Placement(replicas=count, autoscaling=scaled, prepare=prepare, **where))
         give_up_grant(self.scheduler, reason=f"the replicas are those of {name} now")
 
     def serve_present_versions(self) -> None:
