@@ -499,16 +499,16 @@ def refused(endpoint, model, tries=200):
 
 
 def test_at_ten_times_the_load_as_many_are_answered_in_time_and_the_rest_told_to_come_again(cluster, tmp_path):
-    """A model of some 100 rows a second, asked 70 and 1,000 times a second; the overload is looked at after 3 s."""
+    """A model of some 100 rows a second, asked 70 and 1,000 times a second."""
     endpoint, digests, _ = cluster
     alone(endpoint, digests, "slow", p99_ms=200.0)
     x = np.column_stack([np.arange(64) / 64, np.zeros(64)]).astype(np.float32)
     replica = psutil.Process(next(r.pid for r in endpoint.replicas() if r.state == "RUNNING"))
     in_time, failures, health = {}, {}, Counter()
-    for rate, settles_s in ((70, 1.0), (1000, 3.0)):
+    for rate in (70, 1000):
         load = OpenLoop(endpoint.url, "slow", x, {1: x[:, 0]}, rate)
         load.start(tmp_path / str(rate))
-        time.sleep(settles_s + 1)  # its process has to start
+        time.sleep(4)  # its process has to start, and an overload to be told from a burst
         before, begun = replica.memory_info().rss, time.monotonic()
         if rate == 1000:
             told = refused(endpoint, "slow")
@@ -520,7 +520,6 @@ def test_at_ten_times_the_load_as_many_are_answered_in_time_and_the_rest_told_to
         sent = load.stop().between(begun, end)
         in_time[rate] = np.count_nonzero(sent.latency_s <= 0.4) / (end - begun)
         failures[rate] = {reason.partition(" ")[0] for reason in sent.failures}
-    print(in_time, failures, told.headers, grown, health)
     assert set(health) == {200}
     assert failures[70] <= failures[1000] == {"429"}  # on cores that others use 70 may be too many, too
     assert in_time[1000] >= 0.6 * in_time[70] > 0
