@@ -11,10 +11,12 @@ Invariants
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,7 @@ _ORDINARY = 1e6
 """Inputs up to this size must get a finite answer; beyond, an overflow is the caller's doing."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Batch:
     """Rows with the version chosen for each; `compute` fills in the rest."""
 
@@ -43,19 +45,21 @@ class Batch:
     routes: Sequence[Route]
     programs: Mapping[int, Callable[[Floats], Floats]]
     x: Floats
-    edges: Ints
-    """Where each question's rows begin, and the end."""
+    rows: Sequence[int]
+    """Rows of each question."""
     pinned: Sequence[bool]
     """Whether a question named its version."""
     chosen: Ints
     """Place in `routes` for each row; where a version fails it becomes that of the live one."""
-    p: Floats = field(init=False)
+    p: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     """Answers; those of questions in `errors` mean nothing."""
     errors: dict[int, RaymillError] = field(default_factory=dict)
     """Place of a question → why it has no answer."""
 
-    def __post_init__(self) -> None:
-        self.p = np.empty(len(self.x), dtype=np.float32)
+    @cached_property
+    def edges(self) -> Ints:
+        """Where each question's rows begin, and the end."""
+        return np.cumsum([0, *self.rows])
 
     def questions(self, rows: npt.NDArray[np.bool_]) -> list[int]:
         """Places of the questions that one of these rows belongs to."""
@@ -113,6 +117,10 @@ class Attempts:
 
     def compute(self, batch: Batch) -> None:
         """Fill in answers and errors."""
+        if len(batch.routes) == 1:
+            self._compute_all(batch)
+            return
+        batch.p = np.empty(len(batch.x), dtype=np.float32)
         stable = _stable(batch.routes)
         if self.benched and stable is not None:
             self._leave_out_benched(batch, stable)
@@ -163,6 +171,18 @@ class Attempts:
         except Exception:  # noqa: BLE001 - edge of a user's program, as in `_run`
             return False
 
+    def _compute_all(self, batch: Batch) -> None:
+        """All rows, by the only version: as `_compute_last`, which takes longer than a small model does."""
+        try:
+            batch.p = self._run(batch, batch.routes[0], batch.x)
+            if math.isfinite(float(batch.p.sum())):  # a sum that overflows is looked at closely, too
+                return
+            batch.p = np.array(batch.p)
+        except ModelError as err:
+            batch.p = np.empty(len(batch.x), dtype=np.float32)
+            self._each_alone(batch, batch.routes[0], np.ones(len(batch.x), np.bool_), err)
+        self._look_at(batch, batch.routes[0], ~np.isfinite(batch.p))
+
     def _compute_last(self, batch: Batch, place: int) -> None:
         """Rows of the version after which none comes; several questions are asked one by one if together they fail."""
         rows, route = batch.chosen == place, batch.routes[place]
@@ -174,7 +194,10 @@ class Attempts:
             batch.p[rows] = self._run(batch, route, batch.x if bool(rows.all()) else batch.x[rows])
         except ModelError as err:
             self._each_alone(batch, route, rows, err)
-        bad = ~np.isfinite(batch.p) & rows
+        self._look_at(batch, route, ~np.isfinite(batch.p) & rows)
+
+    def _look_at(self, batch: Batch, route: Route, bad: npt.NDArray[np.bool_]) -> None:
+        """Rows whose answer is not finite are errors; where the inputs were ordinary, the version's failure too."""
         if bad.any():
             if (np.isnan(batch.x[bad]) | (np.abs(batch.x[bad]) <= _ORDINARY)).all(axis=1).any():
                 self._of(batch, route).failed(self._clock(), "its answer to ordinary inputs is not finite")

@@ -94,13 +94,13 @@ class KnownBodies:
     """The forms of one model."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self._forms: list[BodyForm] = []
         self._unknown = 0
 
     def fits(self, spec: ModelSpec) -> bool:
         """Whether the model is still what the forms were learned for."""
-        return (spec.name, spec.label, spec.inputs) == (self._spec.name, self._spec.label, self._spec.inputs)
+        return (spec.name, spec.label, spec.inputs) == (self.spec.name, self.spec.label, self.spec.inputs)
 
     def find(self, body: bytes) -> BodyForm | None:
         """The form that the body may have."""
@@ -114,7 +114,7 @@ class KnownBodies:
         self._unknown += 1
         if len(body) > _LONGEST or (self._unknown > _TRIED_AT_ONCE and self._unknown % _TRIED_EACH):
             return
-        form = next(_forms_of(body, self._spec), None)
+        form = next(_forms_of(body, self.spec), None)
         if form is not None and all((form.before, form.after) != (f.before, f.after) for f in self._forms):
             self._forms = [*self._forms, form][-MOST_FORMS:]
 

@@ -214,14 +214,18 @@ class LoadedModel:
         x = found[0][1] if len(found) == 1 else np.concatenate([x for _, x in found])
         routes, questions = self.routes, [q for q, _ in found]
         # A caller's rows stand or fall together.
-        callers = [n for q in questions for n in ([1] * len(q) if q.apart else [len(q)])]
+        callers: list[int] = []
+        pinned: list[bool] = []
+        for q in questions:
+            callers += [1] * len(q) if q.apart else [len(q)]
+            pinned += [q.pinned is not None] * (len(callers) - len(pinned))
         batch = Batch(
             spec=self.spec,
             routes=routes,
             programs=self.programs,
             x=x,
-            edges=np.cumsum([0, *callers]),
-            pinned=[q.pinned is not None for q in questions for _ in range(len(q) if q.apart else 1)],
+            rows=callers,
+            pinned=pinned,
             chosen=self._choose(questions, routes),
         )
         self.attempts.compute(batch)
@@ -258,6 +262,8 @@ class LoadedModel:
     def _choose(self, questions: list[Question], routes: tuple[Route, ...]) -> npt.NDArray[np.int64]:
         ids: list[str] = []
         rows: list[int] = []  # how many rows each of these ids decides for
+        if len(routes) == 1:
+            return np.zeros(sum(map(len, questions)), dtype=np.int64)
         for q in questions:
             if q.together or q.pinned is not None:
                 ids.append(q.ids[0])
@@ -297,14 +303,16 @@ class LoadedModel:
     def _scored(
         self, questions: list[Question], versions: npt.NDArray[np.int64], roles: list[str], x: Floats, p: Floats
     ) -> Scored:
+        first = questions[0]
+        alone = len(questions) == 1
         return Scored(
             model=self.spec.name,
-            ids=[i for q in questions for i in q.ids],
+            ids=first.ids if alone else [i for q in questions for i in q.ids],
             versions=versions,
             roles=roles,
-            at=np.concatenate([q.at for q in questions]),
-            keys=[k for q in questions for k in q.keys],
-            texts=[t for q in questions for t in q.texts],
+            at=first.at if alone else np.concatenate([q.at for q in questions]),
+            keys=first.keys if alone else [k for q in questions for k in q.keys],
+            texts=first.texts if alone else [t for q in questions for t in q.texts],
             x=x,
             p=p,
         )

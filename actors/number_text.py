@@ -44,7 +44,7 @@ def _read_row(text: Any, at: int, end: int, out: F32) -> bool:
         at = _skip_spaces(text, at, end)
         negative = at < end and text[at] == _MINUS
         at += negative
-        digits, count, exponent = np.uint64(0), 0, 0
+        digits, count, exponent = np.uint64(0), int64(0), int64(0)
         first = at
         while at < end and _ZERO <= text[at] <= _NINE:
             digits = digits * np.uint64(10) + np.uint64(text[at] - _ZERO)

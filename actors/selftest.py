@@ -121,6 +121,7 @@ def requests() -> dict[str, bytes]:
     rows = orjson.dumps({"rows": [row, {"id": "b", "amount": None}], "at": "2020-01-01T00:00:00Z"})
     tensor = {"name": "features", "shape": [2, 1], "datatype": "FP32"}
     infer = orjson.dumps({"id": "q", "inputs": [{**tensor, "data": [1.5, 2]}]})
+    one = orjson.dumps({"inputs": [{**tensor, "shape": [1, 1], "data": [2.5]}]})
     head = orjson.dumps(
         {
             "inputs": [{**tensor, "parameters": {"binary_data_size": 8}}],
@@ -142,6 +143,8 @@ def requests() -> dict[str, bytes]:
         "Arrow": post(predict, arrow, f"content-type: {wire.ARROW_STREAM}"),
         "Arrow for JSON": post(predict, rows, f"accept: {wire.ARROW_STREAM}", "x-request-id: given-1"),
         "a tensor": post(f"{v2}/infer", infer),
+        "a row": post(f"{v2}/infer", one),
+        "a row of a form that is known by now": post(f"{v2}/infer", one.replace(b"2.5", b"-3e-1")),
         "a tensor for a version": post(f"{v2}/versions/2/infer", infer),
         "a binary tensor": post(f"{v2}/infer", raw, f"Inference-Header-Content-Length: {len(head)}"),
         "a lying size": post(f"{v2}/infer", raw[:-4], f"Inference-Header-Content-Length: {len(head)}"),

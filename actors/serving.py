@@ -272,7 +272,7 @@ class ServingReplica:
 
     def _known_bodies(self, spec: ModelSpec) -> KnownBodies:
         known = self._known.get(spec.name)
-        if known is None or not known.fits(spec):
+        if known is None or not (known.spec is spec or known.fits(spec)):
             known = self._known[spec.name] = KnownBodies(spec)
         return known
 

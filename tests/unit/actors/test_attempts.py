@@ -55,7 +55,7 @@ def batch(sizes, chosen, programs, x=None, pinned=None):
         routes=(LIVE, CANARY),
         programs=dict(enumerate(programs, start=1)),
         x=np.arange(rows, dtype=np.float32)[:, None] if x is None else np.asarray(x, np.float32)[:, None],
-        edges=np.cumsum([0, *sizes]),
+        rows=sizes,
         pinned=pinned or [False] * len(sizes),
         chosen=np.array(chosen),
     )
