@@ -81,7 +81,7 @@ def overloaded(target_s=0.05):
 
 
 TARGET_S = 0.05
-COSTS = [(0.0, 0.005), (0.005, 0.0005), (0.01, 0.00005)]
+COSTS = [(0.0, 0.005), (0.005, 0.0005), (0.01, 0.0002)]
 """Seconds of a batch and of each of its rows: a slow model, one with a cost a call, one that is fast in batches."""
 
 
@@ -166,7 +166,8 @@ def test_whatever_it_costs_refusals_are_for_late_turns_alone_and_the_line_never_
     fixed_s, row_s, load, target_s, seed
 ):
     can = capacity(target_s, fixed_s, row_s)
-    arrivals = poisson(min(can * load, 5000), 4, seed)
+    load = min(load, 5000 / can)
+    arrivals = poisson(can * load, 4, seed)
     seen = simulate(arrivals, target_s=target_s, fixed_s=fixed_s, row_s=row_s)
     refused = len(seen.refused_at) + seen.given_up
     assert seen.in_time + seen.late + refused == len(arrivals)
