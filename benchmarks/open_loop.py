@@ -1,4 +1,4 @@
-"""Open-loop load: requests leave at a constant rate whatever the answers do, each answer is held against its own row.
+"""Open-loop load: requests leave at their rate whatever the answers do, each answer is held against its own row.
 
 `OpenLoop` runs it as a process of its own beside a benchmark (`python -m benchmarks.open_loop FOLDER`, which ends with
 its stdin). Latency counts from the moment at which a request was due, so a server that stalls is charged for all who
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import time
@@ -72,8 +73,9 @@ class OpenLoop:
         x: npt.NDArray[np.float32],
         expected: dict[int, npt.NDArray[np.float32]],
         rate: float,
+        growth: float = 0.0,
     ) -> None:
-        """Args: the endpoint; its model; the inputs [rows, n], sent in turn; version → its answers; requests a second.
+        """Args: endpoint; its model; inputs sent in turn; version → its answers; requests a second; its growth.
 
         Raises:
             ValueError: two rows have the same answer, so that one caller's could pass for the other's.
@@ -81,7 +83,7 @@ class OpenLoop:
         answers = np.concatenate(list(expected.values()))
         if np.diff(np.sort(answers)).min(initial=1.0) < 2 * _TOLERANCE:
             raise ValueError("two rows or versions have the same answer: choose inputs that tell them apart")
-        self._place = {"url": url, "model": model, "rate": rate}
+        self._place = {"url": url, "model": model, "rate": rate, "growth": growth}
         self._x, self._expected = x, expected
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
@@ -186,10 +188,10 @@ class Requests:
 class Load:
     """The sending side; one event loop."""
 
-    def __init__(self, url: str, requests: Requests, rate: float) -> None:
+    def __init__(self, url: str, requests: Requests, rate: float, growth: float) -> None:
         parsed = httpx.URL(url)
         self._host, self._port = parsed.host, parsed.port or 80
-        self._requests, self._rate = requests, rate
+        self._requests, self._rate, self._growth = requests, rate, growth
         self._idle: deque[Connection] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._due: list[float] = []
@@ -199,7 +201,7 @@ class Load:
         """Send until `ends` is set, then wait for what is under way."""
         begun = time.monotonic()
         while not ends.is_set():
-            while (due := begun + len(self._due) / self._rate) <= time.monotonic():
+            while (due := begun + due_after_s(len(self._due), self._rate, self._growth)) <= time.monotonic():
                 self._due.append(due)
                 self._send(len(self._due) - 1)
             await asyncio.sleep(_WAKE_S)
@@ -240,6 +242,11 @@ class Load:
         self._found[n] = (latency, version, failure)
 
 
+def due_after_s(n: int, rate: float, growth: float) -> float:
+    """When request `n` is due: so many are, by then, where `rate` a second grows by `growth` each second."""
+    return n / rate if not growth else (math.sqrt(rate * rate + 2 * growth * n) - rate) / growth
+
+
 async def _main(folder: Path) -> None:
     place = json.loads((folder / "place.json").read_text())
     with np.load(folder / "rows.npz") as rows:
@@ -247,7 +254,7 @@ async def _main(folder: Path) -> None:
     requests = Requests(httpx.URL(place["url"]).host, place["model"], x, expected)
     ends = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ends.set)
-    sent = await Load(place["url"], requests, place["rate"]).run(ends)
+    sent = await Load(place["url"], requests, place["rate"], place["growth"]).run(ends)
     np.savez(
         folder / "sent.npz",
         due_s=sent.due_s,

@@ -1,7 +1,8 @@
 """The events of the rollout benchmark in which the number of replicas follows the load.
 
-`autoscale_1_3_1`: beside a constant load that is measured, a crowd grows step by step until three replicas run, then
-leaves; its requests count too. `seconds`: from its first to three replicas, `seconds_down`: from its end to one.
+`autoscale_1_3_1`: beside a constant load that is measured, a crowd grows evenly until three replicas run, then leaves;
+its requests count too. The model waits instead of computing, so that three replicas answer more than one on two cores.
+`seconds`: from the crowd's first request to three replicas, `seconds_down`: from its last to one.
 `from_zero`: nobody asks until no replica is left; then requests leave at a constant rate at once. `held_s`: the
 longest that one of them waited, which is how long the first replica took; the median of the wakes.
 """
@@ -14,21 +15,20 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.harness import progress
-from benchmarks.open_loop import OpenLoop, Sent
+from benchmarks.open_loop import Sent
 from benchmarks.rollout_session import Session
 from raymill.actors.autoscaling import autoscaling_config
 from raymill.actors.endpoint import Placement
+from raymill.actors.rollout import ModelSpec
 from raymill.actors.scaling import Scaling
 
 RATE = 250.0
-"""Requests a second of the load that is measured."""
-CROWD = 500.0
-"""Requests a second that a step of the crowd adds."""
-STEP_S = 5.0
-"""Between two steps; the crowd has at most `STEPS` of them."""
-STEPS = 4
-TARGET_S = 0.003
-"""p99 that the number of replicas is to hold: so low that the crowd is too much for one on cores that it shares."""
+"""Requests a second of the load that wakes."""
+WAITING_RATE, WAITING_GROWTH = 60.0, 4.0
+"""Of the load that is measured while replicas come and go; and by how much the crowd beside it grows each second: so
+slowly that a replica starts in less time than it takes from where one is too few to where it is overrun."""
+TARGET_S = 0.1
+"""p99 that the number of replicas is to hold."""
 WITHIN_S = 120.0
 """For a change of the number of replicas."""
 
@@ -39,45 +39,43 @@ class NotBroughtAbout(RuntimeError):
 
 def autoscale_1_3_1(s: Session, quick: bool) -> dict[str, float]:
     """One replica, three, one."""
-    deploy(s, Scaling(fewest=1, most=3, p99_s=TARGET_S, cooldown_s=3.0 if quick else 6.0))
+    scaling = Scaling(fewest=1, most=3, p99_s=TARGET_S, cooldown_s=3.0 if quick else 6.0)
+    deploy(s, s.waiting(TARGET_S), scaling)
     s.wait_for_replicas(1)
-    load = s.load(RATE)
+    load = s.load(WAITING_RATE, waits=True)
     time.sleep(2)  # connections, the batch's pace
     quiet_s = time.monotonic()
-    time.sleep(4 if quick else 20)
+    time.sleep(4 if quick else 12)
+    crowd = s.load(1.0, WAITING_GROWTH * (2 if quick else 1), waits=True)
     begun = time.monotonic()
-    crowd: list[OpenLoop] = []
     while running(s) < 3 and time.monotonic() - begun < WITHIN_S:
-        if len(crowd) < STEPS and time.monotonic() - begun > STEP_S * len(crowd):
-            crowd.append(s.load(CROWD))
         time.sleep(0.1)
-    up = time.monotonic()
-    reached = running(s)
-    came = [one.stop() for one in crowd]
+    up, reached = time.monotonic(), running(s)
+    came = crowd.stop()
     down = time.monotonic()
-    wait(lambda: running(s) == 1, "one replica")
+    if reached == 3:
+        wait(lambda: len(s.endpoint.replicas()) == 1, "one replica")
     gone = time.monotonic()
-    time.sleep(2)
+    time.sleep(1)
     sent = load.stop()
     if reached < 3:
-        raise NotBroughtAbout(f"a crowd of {CROWD * len(crowd):.0f} requests a second brought {reached} replicas only")
+        raise NotBroughtAbout(f"{len(came)} requests of a crowd brought {reached} replicas only")
     before, during = sent.between(quiet_s, begun), sent.between(begun, gone)
-    progress(f"autoscale_1_3_1: {len(crowd)} steps of {CROWD:.0f}/s, up {up - begun:.1f} s, down {gone - down:.1f} s")
+    progress(f"autoscale_1_3_1: a crowd of {len(came)}, up {up - begun:.1f} s, down {gone - down:.1f} s")
     return {
-        "requests": sum(map(len, (during, *came))),
-        "failed": sum(failed("autoscale_1_3_1", one) for one in (sent, *came)),
+        "requests": len(during) + len(came),
+        "failed": failed("autoscale_1_3_1", sent) + failed("autoscale_1_3_1", came),
         "seconds": up - begun,
         "seconds_down": gone - down,
         "p99_ratio": during.quantile_s(0.99) / before.quantile_s(0.99),
         "p99_ms": during.quantile_s(0.99) * 1e3,
         "p99_before_ms": before.quantile_s(0.99) * 1e3,
-        "crowd_rps": CROWD * len(crowd),
     }
 
 
 def from_zero(s: Session, quick: bool) -> dict[str, float]:
     """No replica, then one."""
-    deploy(s, Scaling(fewest=0, most=1, p99_s=0.05, idle_s=4.0))
+    deploy(s, s.present(), Scaling(fewest=0, most=1, p99_s=0.05, idle_s=4.0))
     wakes, wanted = (1, 2_000) if quick else (3, 10_500)
     sents, held, ready = [], [], []
     for _ in range(wakes):
@@ -99,9 +97,9 @@ def from_zero(s: Session, quick: bool) -> dict[str, float]:
     }
 
 
-def deploy(s: Session, scaling: Scaling) -> None:
+def deploy(s: Session, model: ModelSpec, scaling: Scaling) -> None:
     """Have the number of replicas follow the load."""
-    s.endpoint.deploy([s.present()], Placement(autoscaling=autoscaling_config(scaling, None)))
+    s.endpoint.deploy([model], Placement(autoscaling=autoscaling_config(scaling, None)))
 
 
 def running(s: Session) -> int:

@@ -1,7 +1,8 @@
 """What the rollout benchmarks stand on: a session with the model `bench`, load on it, and the windows of an event.
 
 The session is Ray, registry and Serve in processes of their own, set up as `raymill up` does. Versions 1 and 2 are
-XGBoost models of 50 trees; 3 is a damaged file; 4 loads, answers its trial, and raises on every row that is sent.
+XGBoost models of 50 trees; 3 is a damaged file; 4 loads, answers its trial, and raises on every row that is sent; 5
+waits, as for a computer that is not this one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.endpoint_host import hosted
 from benchmarks.harness import progress
 from benchmarks.open_loop import OpenLoop, Sent
 from raymill.actors.endpoint import APART_S, Endpoint, Placement
+from raymill.actors.envelope import Envelope, pack
 from raymill.actors.rollout import ModelSpec, Role, Route, reroute
 from raymill.actors.surroundings import load_program
 from raymill.runtime.messages import ModelVersion, Stage
@@ -32,6 +34,20 @@ WIDTH = 10
 ROWS = 64
 _LOUD = 1000.0
 """First input of every row that is sent: by it version 4 tells them from its trial."""
+
+
+WAITS = 5
+"""The version that waits."""
+WAITS_BATCH_S, WAITS_ROW_S = 0.020, 0.003
+"""For how long: for a batch, and for each of its rows. A replica has one batch under way, so three of them answer three
+times as much as one, on any number of cores."""
+_WAITS = f"""
+import time
+
+def ask(x):
+    time.sleep({WAITS_BATCH_S} + {WAITS_ROW_S} * len(x))
+    return x[:, 1] + x[:, 2] / 3 + x[:, 3] / 7
+"""
 
 
 @dataclass
@@ -48,9 +64,10 @@ class Session:
     """Version → its answers to them."""
     spec: ModelSpec
 
-    def load(self, rate: float) -> OpenLoop:
-        """So many requests a second from now on, until it is stopped."""
-        load = OpenLoop(self.endpoint.url, MODEL, self.x, self.expected, rate)
+    def load(self, rate: float, growth: float = 0.0, *, waits: bool = False) -> OpenLoop:
+        """So many requests a second from now on, until it is stopped; for version 5 if it `waits`."""
+        expected = {WAITS: self.x[:, 1] + self.x[:, 2] / 3 + self.x[:, 3] / 7} if waits else self.expected
+        load = OpenLoop(self.endpoint.url, MODEL, self.x, expected, rate, growth)
         load.start(self.folder / f"load{time.monotonic_ns()}")
         return load
 
@@ -61,6 +78,10 @@ class Session:
             for i, (name, w) in enumerate(weights.items())
         ]
         return replace(self.spec, routes=tuple(routes))
+
+    def waiting(self, p99_s: float) -> ModelSpec:
+        """The model with the version that waits, and no other."""
+        return replace(self.spec, routes=(self.spec.routes[WAITS - 1],), p99_ms=1e3 * p99_s)
 
     def present(self) -> ModelSpec:
         """The model as the registry has it."""
@@ -189,6 +210,8 @@ def _models(folder: Path) -> list[Path]:
     torch.export.save(program, out)
     found.append(folder / "raises.pt2")
     found[-1].write_bytes(out.getvalue())
+    found.append(folder / "waits")
+    found[-1].write_bytes(pack(Envelope(form="code", target="waits:ask", source=_WAITS)))
     return found
 
 
