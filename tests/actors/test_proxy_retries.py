@@ -176,6 +176,24 @@ def test_a_larger_one_is_told_so_in_our_form_and_does_not_hang(proxied):
     assert status in (502, 503) and "retry-after: 1" in head and json.loads(body)["remedy"]
 
 
+def test_who_waits_to_be_asked_for_the_body_is_asked(proxied):
+    proxy = proxied(0)
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"ab")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_chunks_are_passed_on_when_the_last_is_there_or_the_buffer_is_full(proxied):
+    proxy = proxied(0)
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n")
+        time.sleep(0.1)
+        connection.sendall(b"0\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.soak  # 20 s
 def test_who_sends_no_more_is_let_go_in_our_form(proxied):
     proxy = proxied(0)
