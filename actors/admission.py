@@ -23,6 +23,8 @@ LEAST_PATIENCE_S = 0.25
 """At least so long: a pause of the process is no overload."""
 LEAST_TURNS = 5
 """Nor are a few slow turns, as when a model computes for the first time."""
+FEW_TURNS = 4
+"""For large requests, and slow models: a latency that nobody can have is no reason to send nearly all away."""
 CALM = 4.0
 """Times as long nobody must have been refused, until it is over: to find out anew makes callers late again."""
 SHARE = 0.95
@@ -53,8 +55,7 @@ class Admission:
 
     def turned(self, now_s: float, rows: int, seconds: float, waited_s: float) -> None:
         """A turn is over: so many rows were answered in so long, the first caller among them after `waited_s`."""
-        late_s = MARGIN * max(self.target_s, seconds)  # what takes long by itself has not waited for others
-        if waited_s <= late_s and not self.is_overloaded:  # nearly always
+        if not self.is_overloaded and waited_s <= MARGIN * self._in_time_s(seconds):  # nearly always
             self._late_since_s = -math.inf
             return
         if self._late_since_s == -math.inf:
@@ -71,8 +72,7 @@ class Admission:
         elif now_s - self._refused_s > CALM * self._lasts_s:
             self._end()
             return
-        # At least a turn's rows may wait while others are computed: a target that none can meet refuses nobody alone.
-        self.patience_s = max(self.target_s, 2 * self._seconds / self._turns)
+        self.patience_s = self._in_time_s(self._seconds / self._turns)
         self.most_rows = max(self._rows / self._seconds * SHARE * self.patience_s - rows, 1)
 
     def refuses(self, now_s: float, rows: int) -> bool:
@@ -87,6 +87,10 @@ class Admission:
             self._refused_rows, self._second_s = 0, now_s
         self._refused_rows += rows
         return True
+
+    def _in_time_s(self, turn_s: float) -> float:
+        """Where a turn alone takes longer than callers are promised, they may wait for a few."""
+        return self.target_s if turn_s <= self.target_s else FEW_TURNS * turn_s
 
     @property
     def _lasts_s(self) -> float:

@@ -501,7 +501,7 @@ def refused(endpoint, model, tries=200):
 def test_at_ten_times_the_load_as_many_are_answered_in_time_and_the_rest_told_to_come_again(cluster, tmp_path):
     """A model of some 100 rows a second, asked 70 and 1,000 times a second."""
     endpoint, digests, _ = cluster
-    alone(endpoint, digests, "slow", p99_ms=200.0)
+    alone(endpoint, digests, "slow", p99_ms=300.0, max_batch_rows=4)
     x = np.column_stack([np.arange(64) / 64, np.zeros(64)]).astype(np.float32)
     replica = psutil.Process(next(r.pid for r in endpoint.replicas() if r.state == "RUNNING"))
     in_time, failures, health = {}, {}, Counter()
@@ -518,7 +518,7 @@ def test_at_ten_times_the_load_as_many_are_answered_in_time_and_the_rest_told_to
         end = time.monotonic()
         grown = replica.memory_info().rss - before
         sent = load.stop().between(begun, end)
-        in_time[rate] = np.count_nonzero(sent.latency_s <= 0.4) / (end - begun)
+        in_time[rate] = np.count_nonzero(sent.latency_s <= 0.6) / (end - begun)
         failures[rate] = {reason.partition(" ")[0] for reason in sent.failures}
     assert set(health) == {200}
     assert failures[70] <= failures[1000] == {"429"}  # on cores that others use 70 may be too many, too
