@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,18 @@ class OpenLoop:
         expected: dict[int, npt.NDArray[np.float32]],
         rate: float,
         growth: float = 0.0,
+        most: float = 0.0,
     ) -> None:
-        """Args: endpoint; its model; inputs sent in turn; version → its answers; requests a second; its growth.
+        """Load on a model of an endpoint.
+
+        Args:
+            url: the endpoint.
+            model: its model.
+            x: inputs [rows, n], sent in turn.
+            expected: version → its answers to them.
+            rate: requests a second.
+            growth: by how much the rate grows each second.
+            most: until it is that.
 
         Raises:
             ValueError: two rows have the same answer, so that one caller's could pass for the other's.
@@ -83,7 +93,7 @@ class OpenLoop:
         answers = np.concatenate(list(expected.values()))
         if np.diff(np.sort(answers)).min(initial=1.0) < 2 * _TOLERANCE:
             raise ValueError("two rows or versions have the same answer: choose inputs that tell them apart")
-        self._place = {"url": url, "model": model, "rate": rate, "growth": growth}
+        self._place = {"url": url, "model": model, "rates": [rate, growth, most]}
         self._x, self._expected = x, expected
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
@@ -188,10 +198,10 @@ class Requests:
 class Load:
     """The sending side; one event loop."""
 
-    def __init__(self, url: str, requests: Requests, rate: float, growth: float) -> None:
+    def __init__(self, url: str, requests: Requests, rates: Sequence[float]) -> None:
         parsed = httpx.URL(url)
         self._host, self._port = parsed.host, parsed.port or 80
-        self._requests, self._rate, self._growth = requests, rate, growth
+        self._requests, self._rates = requests, rates
         self._idle: deque[Connection] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._due: list[float] = []
@@ -201,7 +211,7 @@ class Load:
         """Send until `ends` is set, then wait for what is under way."""
         begun = time.monotonic()
         while not ends.is_set():
-            while (due := begun + due_after_s(len(self._due), self._rate, self._growth)) <= time.monotonic():
+            while (due := begun + due_after_s(len(self._due), *self._rates)) <= time.monotonic():
                 self._due.append(due)
                 self._send(len(self._due) - 1)
             await asyncio.sleep(_WAKE_S)
@@ -242,9 +252,13 @@ class Load:
         self._found[n] = (latency, version, failure)
 
 
-def due_after_s(n: int, rate: float, growth: float) -> float:
-    """When request `n` is due: so many are, by then, where `rate` a second grows by `growth` each second."""
-    return n / rate if not growth else (math.sqrt(rate * rate + 2 * growth * n) - rate) / growth
+def due_after_s(n: int, rate: float, growth: float = 0.0, most: float = 0.0) -> float:
+    """When request `n` is due: `rate` a second, which grows by `growth` each second until it is `most`."""
+    if not growth:
+        return n / rate
+    grown_s = (most - rate) / growth
+    grown = (rate + most) / 2 * grown_s
+    return (math.sqrt(rate * rate + 2 * growth * n) - rate) / growth if n < grown else grown_s + (n - grown) / most
 
 
 async def _main(folder: Path) -> None:
@@ -254,7 +268,7 @@ async def _main(folder: Path) -> None:
     requests = Requests(httpx.URL(place["url"]).host, place["model"], x, expected)
     ends = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ends.set)
-    sent = await Load(place["url"], requests, place["rate"], place["growth"]).run(ends)
+    sent = await Load(place["url"], requests, place["rates"]).run(ends)
     np.savez(
         folder / "sent.npz",
         due_s=sent.due_s,

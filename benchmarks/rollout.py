@@ -7,7 +7,7 @@ the old replica was gone; `replica_sigkill`: one of two, until two ran again; `b
 until the registry had refused it by itself), `p99_ratio` is the p99 of that whole time over that of the quiet seconds
 before (`autoscale_1_3_1` and `from_zero`: see `rollout_scaling`). `failed` counts what was not answered rightly in
 either. `acknowledged_s`: a promotion, by replicas. An event that a machine does not bring about (one replica was fast
-enough for the crowd) has no figures, and `not_brought_about` says why. `--quick`: 2,000 requests each.
+enough for the crowd) has no figures, and `not_brought_about` says why. `--quick`: 2,000 requests each. `--only EVENT …`: some of the events.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from raymill.actors.endpoint import APART_S, Placement
 from raymill.runtime.errors import ModelError
 from raymill.runtime.messages import Stage
 
-RATE = 250.0
+RATE = 300.0
 """Requests a second: far below what the replica can, so that the proxy and the event are what is seen."""
 STEPS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Weights of a canary on its way from nothing to all."""
@@ -100,9 +100,9 @@ def bad_version(s: Session, number: int) -> float:
 
 
 def acknowledged(s: Session) -> float:
-    """Seconds of a promotion until each replica has it, the median of ten."""
+    """Seconds of a promotion until each replica has it, the median of six."""
     took = []
-    for n in range(10):
+    for n in range(6):
         time.sleep(APART_S)
         took.append(promote(s, n))
     return float(np.median(took))
@@ -116,7 +116,7 @@ EVENTS = tuple(act.__name__ for act in (*ONE_REPLICA, replica_sigkill, *SCALED))
 
 def body(quick: bool, only: Sequence[str] = EVENTS) -> Outcome:
     """Measure all events, or some of them."""
-    how: dict[str, Any] = {"rate": RATE, "requests": 2_000 if quick else 10_000, "quiet_s": 4.0 if quick else 12.0}
+    how: dict[str, Any] = {"rate": RATE, "requests": 2_000 if quick else 10_000, "quiet_s": 4.0 if quick else 10.0}
     events: list[Event] = []
     facts: dict[str, float] = {}
     with session() as s:

@@ -1,8 +1,8 @@
 """The events of the rollout benchmark in which the number of replicas follows the load.
 
-`autoscale_1_3_1`: beside a constant load that is measured, a crowd grows evenly until three replicas run, then leaves;
-its requests count too. The model waits instead of computing, so that three replicas answer more than one on two cores.
-`seconds`: from the crowd's first request to three replicas, `seconds_down`: from its last to one.
+`autoscale_1_3_1`: beside a constant load that is measured, a crowd grows evenly to what takes three replicas, and
+leaves when they run; its requests count too. The model waits instead of computing, so that three replicas answer more
+than one on two cores. `seconds`: from the crowd's first request to three replicas, `seconds_down`: from its last to one.
 `from_zero`: nobody asks until no replica is left; then requests leave at a constant rate at once. `held_s`: the
 longest that one of them waited, which is how long the first replica took; the median of the wakes.
 """
@@ -24,9 +24,10 @@ from raymill.actors.scaling import Scaling
 
 RATE = 250.0
 """Requests a second of the load that wakes."""
-WAITING_RATE, WAITING_GROWTH = 60.0, 4.0
-"""Of the load that is measured while replicas come and go; and by how much the crowd beside it grows each second: so
-slowly that a replica starts in less time than it takes from where one is too few to where it is overrun."""
+WAITING_RATE, WAITING_GROWTH, WAITING_MOST = 60.0, 4.0, 260.0
+"""Requests a second: of the load that is measured while replicas come and go; by how much the crowd beside it grows
+each second, so slowly that a replica starts in less time than it takes from where one is too few (133 in all) to where
+it is overrun (200); and what the crowd comes to, which is too much for two and does not overrun them."""
 TARGET_S = 0.1
 """p99 that the number of replicas is to hold."""
 WITHIN_S = 120.0
@@ -46,7 +47,7 @@ def autoscale_1_3_1(s: Session, quick: bool) -> dict[str, float]:
     time.sleep(2)  # connections, the batch's pace
     quiet_s = time.monotonic()
     time.sleep(4 if quick else 12)
-    crowd = s.load(1.0, WAITING_GROWTH * (2 if quick else 1), waits=True)
+    crowd = s.load(1.0, WAITING_GROWTH, WAITING_MOST, waits=True)
     begun = time.monotonic()
     while running(s) < 3 and time.monotonic() - begun < WITHIN_S:
         time.sleep(0.1)
