@@ -2,20 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+UNIT_TESTS := $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist worksteal
 
 .PHONY: run test check soak up down install bench bench-peers proto lock clean
 
 run: install            ## the whole loop on real data; leaves nothing running
 	$(BIN)/raymill run jobs/flights.py
 
-test: install           ## unit, actors and loop tests
-	$(BIN)/python -m pytest tests/unit tests/actors tests/loop
+test: install           ## unit tests on both cores, then actors and loop tests; fails if either did
+	failed=0; $(UNIT_TESTS) || failed=$$?; $(BIN)/python -m pytest tests/actors tests/loop || failed=$$?; exit $$failed
 
 check: install          ## lint, types, unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
+	$(UNIT_TESTS)
 
 soak: install           ## the long versions of the tests
 	$(BIN)/python -m pytest tests -m soak --timeout 3600

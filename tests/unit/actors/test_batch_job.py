@@ -13,11 +13,8 @@ import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-import skl2onnx
-import skops.io as skops_io
 import torch
 from deltalake import write_deltalake
-from sklearn.linear_model import LogisticRegression
 
 from raymill.actors import batch_duplicates, batch_input, batch_worker, envelope, surroundings
 from raymill.actors.batch_duplicates import note_duplicates
@@ -417,13 +414,29 @@ def test_answers_are_logged_once_if_that_was_asked_for(tmp_path, home, programs)
     assert quiet.segments == {}
 
 
+def fitted():
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression().fit(X, Y)
+
+
+def scikit_model():
+    import skops.io
+
+    return skops.io.dumps(fitted())
+
+
+def onnx_model():
+    import skl2onnx
+
+    return skl2onnx.to_onnx(fitted(), X[:1], options={"zipmap": False}).SerializeToString()
+
+
 KINDS = {
     "xgboost": lambda: bytes(xgboost.train({"nthread": 1}, xgboost.DMatrix(X, X[:, 0]), 4).save_raw("ubj")),
     "lightgbm": lambda: lightgbm_model().model_to_string().encode(),
-    "scikit-learn": lambda: skops_io.dumps(LogisticRegression().fit(X, Y)),
-    "onnx": lambda: skl2onnx.to_onnx(
-        LogisticRegression().fit(X, Y), X[:1], options={"zipmap": False}
-    ).SerializeToString(),
+    "scikit-learn": scikit_model,
+    "onnx": onnx_model,
     "code": lambda: envelope.pack(Envelope(form="code", target="mine:ask", source=FUNCTION)),
 }
 
