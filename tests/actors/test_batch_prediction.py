@@ -13,7 +13,9 @@ import pytest
 import ray
 from deltalake import write_deltalake
 
+from raymill.actors.batch_duplicates import note_duplicates
 from raymill.actors.batch_job import plan_job, run_job
+from raymill.actors.batch_output import Output
 from raymill.actors.batch_plan import BatchRequest
 from raymill.actors.batch_worker import BatchWorker
 from raymill.actors.rollout import ModelSpec, Role, Route
@@ -107,6 +109,7 @@ def test_a_table_in_a_bucket_is_answered_into_a_bucket(served, tmp_path, monkeyp
         request = BatchRequest(table=server.url("rows"), out=server.url("out"))
         for left in (2000, 0):  # the second time all of it is there
             plan = plan_job(model, model.routes[0], request, home)
+            assert note_duplicates(plan.pieces, Output(request.out)) == 0
             done = [BatchWorker(home, plan, fetch=lambda digest: program).answer(piece) for piece in plan.pieces]
             assert (sum(d.rows for d in done), sum(d.now for d in done)) == (2000, left)
         filesystem, root = pafs.FileSystem.from_uri(request.out)
