@@ -7,7 +7,8 @@ the old replica was gone; `replica_sigkill`: one of two, until two ran again; `b
 until the registry had refused it by itself), `p99_ratio` is the p99 of that whole time over that of the quiet seconds
 before (`autoscale_1_3_1` and `from_zero`: see `rollout_scaling`). `failed` counts what was not answered rightly in
 either. `acknowledged_s`: a promotion, by replicas. An event that a machine does not bring about (one replica was fast
-enough for the crowd) has no figures, and `not_brought_about` says why. `--quick`: 2,000 requests each. `--only EVENT …`: some of the events.
+enough for the crowd) has no figures, and `not_brought_about` says why. `--quick`: 2,000 requests each; `--only` some of
+the events.
 """
 
 from __future__ import annotations

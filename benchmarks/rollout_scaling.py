@@ -2,7 +2,7 @@
 
 `autoscale_1_3_1`: beside a constant load that is measured, a crowd grows evenly to what takes three replicas, and
 leaves when they run; its requests count too. The model waits instead of computing, so that three replicas answer more
-than one on two cores. `seconds`: from the crowd's first request to three replicas, `seconds_down`: from its last to one.
+than one on two cores. `seconds`: from the crowd's first request to three replicas, `seconds_down`: from its end to one.
 `from_zero`: nobody asks until no replica is left; then requests leave at a constant rate at once. `held_s`: the
 longest that one of them waited, which is how long the first replica took; the median of the wakes.
 """
