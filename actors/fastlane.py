@@ -90,7 +90,8 @@ class Fast:
         self._heads: dict[bytes, Head] = {}
         self._beginnings: dict[tuple[int, str], bytes] = {}
         self._default_headers: list[tuple[bytes, bytes]] = []
-        self._prefix = os.urandom(10).hex()
+        p = os.urandom(10).hex()
+        self._prefix = f"{p[:8]}-{p[8:12]}-{p[12:16]}-{p[16:20]}-"
         self._numbers = itertools.count(1)
 
     def protocol(self, **arguments: Any) -> FastLane:
@@ -105,7 +106,7 @@ class Fast:
     def head(self, block: bytes) -> Head | None:
         """The head of these bytes; None: not for the fast lane."""
         head = self._heads.get(block)
-        if head is None:
+        if head is None and http_head.may_begin(block):
             head = http_head.read_head(block)
             if head is not None and head.is_common and len(block) <= _KNOWN_HEAD_BYTES:
                 if len(self._heads) >= _KNOWN_HEADS:
@@ -127,8 +128,7 @@ class Fast:
 
     def new_request_id(self) -> str:
         """A name for a request, in the form of a UUID."""
-        p = self._prefix
-        return f"{p[:8]}-{p[8:12]}-{p[12:16]}-{p[16:20]}-{next(self._numbers):012x}"
+        return f"{self._prefix}{next(self._numbers):012x}"
 
 
 class _Due:
@@ -208,7 +208,8 @@ class FastLane(HttpToolsProtocol):
         if self._plain:
             self._feed(data)
             return
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
         if self._waits:
             self._held += data
             self.flow.pause_reading()  # uvicorn resumes by itself
@@ -251,11 +252,11 @@ class FastLane(HttpToolsProtocol):
                 self._hold(data)
                 return
             at = data.find(http_head.END, 0, http_head.MAX_HEAD_BYTES)
-            if not http_head.may_begin(data) or (at < 0 and len(data) >= http_head.MAX_HEAD_BYTES):
-                self._turn(data)
-                return
             if at < 0:
-                self._held, self._active = data, self.loop.time()
+                if not http_head.may_begin(data) or len(data) >= http_head.MAX_HEAD_BYTES:
+                    self._turn(data)
+                else:
+                    self._held, self._active = data, self.loop.time()
                 return
             begin = at + len(http_head.END)
             head = self._fast.head(data[:begin])
