@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from raymill.cluster import certificate, processes, session, start
+from raymill.cluster import certificate, lifecycle, processes, session, start
 from raymill.cluster.spec import DEFAULT_CONFIG, ClusterConfig, load_config
 from raymill.runtime.errors import ClusterError, RaymillError
 from raymill.runtime.home import Home
@@ -88,7 +88,7 @@ def mend(home: Home) -> list[str]:
     processes.end(orphans)
     done += [f"ended orphaned pid {p.pid} ({p.command[:80]})" for p in orphans]
     if list(check_stale(home)):
-        done.append(f"ended {session.down(home)} processes of the dead session at {home.root}")
+        done.append(f"ended {lifecycle.down(home)} processes of the dead session at {home.root}")
     return done
 
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import yaml
@@ -30,12 +30,10 @@ from raymill.cluster.environment import (
 from raymill.cluster.front import CERTIFICATE, PRIVATE_KEY, Front, haproxy_text, is_ipv6
 from raymill.cluster.processes import SESSION_MARK
 from raymill.cluster.providers import namespace
+from raymill.cluster.session import Session
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
-
-if TYPE_CHECKING:
-    from raymill.cluster.session import Session
 
 HEAD_TIMEOUT_S = 120.0
 SERVE_TIMEOUT_S = 90.0

@@ -42,7 +42,7 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
 
     A cluster that was up before stays up; one that this call starts is ended with it, also when it fails.
     """
-    from raymill.cluster import session
+    from raymill.cluster import lifecycle
     from raymill.cluster.spec import load_config
     from raymill.jobs import pipeline_file
     from raymill.jobs.planning import plan_run
@@ -61,12 +61,12 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
     with open_run(home, declared.name, pipeline_file.resolved(declared)) as opened:
         try:
             with opened.stage("up"):
-                used = found or session.up(home, config, say=_say)
+                used = found or lifecycle.up(home, config, say=_say)
             summary, details = _loop(declared, used, config, opened)
         finally:
             if ours and not keep:
                 with opened.stage("down"):
-                    session.down(home, say=_say)
+                    lifecycle.down(home, say=_say)
         summary["seconds"] = {**opened.progress.seconds, "total": round(time.monotonic() - began, 3)}
         _finish(opened, summary, details)
         return summary, opened.folder

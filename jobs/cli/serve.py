@@ -97,7 +97,7 @@ def _curl(url: str, body: dict[str, Any], *, with_key: bool) -> str:
 
 
 def _start(port: int | None) -> Session:
-    from raymill.cluster import session
+    from raymill.cluster import lifecycle
     from raymill.cluster.ports import choose
     from raymill.cluster.spec import PortSpec, load_config
     from raymill.runtime.home import current_home
@@ -107,17 +107,17 @@ def _start(port: int | None) -> Session:
         picked = choose("auto")
         known = {known: getattr(picked, known) for known in PortSpec.model_fields}
         config = config.model_copy(update={"ports": PortSpec(**{**known, "serve": port})})
-    return session.up(current_home(), config, say=lambda step: err.print(step, style="dim"))
+    return lifecycle.up(current_home(), config, say=lambda step: err.print(step, style="dim"))
 
 
 def _end(session: Session) -> None:
     import ray
 
-    from raymill.cluster import session as sessions
+    from raymill.cluster import lifecycle
 
     ray.shutdown()
     err.print("stopping what was started", style="dim")
-    sessions.down(session.home)
+    lifecycle.down(session.home)
 
 
 def _put_up(target: Target, session: Session, promote: bool) -> ModelVersion:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from raymill.cluster import session
+from raymill.cluster import lifecycle
 from raymill.cluster.spec import load_config
 from raymill.jobs.cli.output import AsJson, emit, err, out
 from raymill.runtime.errors import SpecError
@@ -37,7 +37,7 @@ def up(
     wanted = load_config(config)
     listen = wanted.listen.model_copy(update={name: value for name, value in given.items() if value})
     with err.status("up") as status:
-        found = session.up(
+        found = lifecycle.up(
             home,
             wanted.model_copy(update={"listen": listen}),
             ports="auto" if ports == "auto" else "config",

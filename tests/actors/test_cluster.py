@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raymill.cluster import ports, processes, session
+from raymill.cluster import lifecycle, ports, processes, session
 from raymill.cluster.providers import namespace
 from raymill.cluster.spec import load_config, parse_config
 from raymill.runtime.errors import ClusterError
@@ -43,7 +43,7 @@ def home(tmp_path_factory):
     os.environ["HOME"] = str(top)
     home = Home(top / "state")
     yield home
-    session.down(home)
+    lifecycle.down(home)
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:
@@ -52,7 +52,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenario(home):
-    session.up(home, config(), ports="auto")
+    lifecycle.up(home, config(), ports="auto")
     return drive([str(Path(__file__).with_name("drive_cluster.py"))], home)
 
 
@@ -80,7 +80,7 @@ def test_the_ledger_says_why_each_node_went_and_says_it_once_over_a_restart_of_t
 
 def test_up_on_a_running_session_gives_it_back(scenario, home):
     known = session.load(home)
-    assert session.up(home, config()).pids == known.pids
+    assert lifecycle.up(home, config()).pids == known.pids
 
 
 def test_a_second_session_beside_it_is_refused_its_ports_with_the_holder_named(scenario, home, tmp_path):
@@ -88,7 +88,7 @@ def test_a_second_session_beside_it_is_refused_its_ports_with_the_holder_named(s
     wanted_ports = {name: getattr(taken, name) for name in ("gcs", "dashboard", "serve", "grpc")}
     wanted = parse_config({**config().model_dump(), "ports": wanted_ports}, "test")
     with pytest.raises(ClusterError, match=rf"port {taken.serve} \(serve\) is held by pid \d+ \(.*haproxy"):
-        session.up(Home(tmp_path / "other"), wanted)
+        lifecycle.up(Home(tmp_path / "other"), wanted)
     assert session.load(Home(tmp_path / "other")) is None
 
 
@@ -126,14 +126,14 @@ def test_after_sigkill_of_everything_but_haproxy_up_works_again_on_the_same_port
             os.kill(process.pid, signal.SIGKILL)
     assert not session.load(home).is_alive
     wanted_ports = {name: getattr(before.ports, name) for name in ("gcs", "dashboard", "serve", "grpc")}
-    again = session.up(home, parse_config({**config().model_dump(), "ports": wanted_ports}, "test"))
+    again = lifecycle.up(home, parse_config({**config().model_dump(), "ports": wanted_ports}, "test"))
     assert again.is_alive and again.started_s > before.started_s
     assert again.serve_url == before.serve_url
 
 
 def test_down_leaves_no_process_closes_the_books_and_may_be_repeated(scenario, home):
     scratch = session.scratch_path(home)
-    assert session.down(home) > 0
+    assert lifecycle.down(home) > 0
     assert (home.cluster / "logs" / "ray" / "gcs_server.out").exists()
     assert left(home) == [] and not scratch.exists() and session.load(home) is None
     ledger = Ledger(home.record, lock_wait_s=5)
@@ -141,13 +141,13 @@ def test_down_leaves_no_process_closes_the_books_and_may_be_repeated(scenario, h
     ledger.close()
     started = {e["subject"] for e in events if e["kind"] == "node.started"}
     assert started == {e["subject"] for e in events if e["kind"] == "node.stopped"}
-    assert session.down(home) == 0
+    assert lifecycle.down(home) == 0
 
 
 def test_an_up_that_was_killed_half_way_leaves_nothing_that_down_does_not_find(home, tmp_path):
     half = Home(tmp_path / "half")
-    code = "from raymill.cluster import session; from raymill.runtime.home import Home; from pathlib import Path; "
-    code += f"session.up(Home(Path({str(half.root)!r})), ports='auto', serve=False)"
+    code = "from raymill.cluster import lifecycle; from raymill.runtime.home import Home; from pathlib import Path; "
+    code += f"lifecycle.up(Home(Path({str(half.root)!r})), ports='auto', serve=False)"
     process = subprocess.Popen([sys.executable, "-c", code])
     while not any("gcs_server" in p.command for p in left(half)):
         assert process.poll() is None
@@ -155,7 +155,7 @@ def test_an_up_that_was_killed_half_way_leaves_nothing_that_down_does_not_find(h
     process.kill()
     process.wait()
     assert session.load(half).state == "starting" and not session.load(half).is_alive
-    assert session.down(half) > 0 and left(half) == [] and session.load(half) is None
+    assert lifecycle.down(half) > 0 and left(half) == [] and session.load(half) is None
 
 
 ATTACH = """
@@ -223,11 +223,11 @@ print(json.dumps({**info, "back": back.nbytes, "addresses": addresses}))
 @pytest.mark.skipif(namespace.can_isolate() != "", reason=f"LOUD: no second host here: {namespace.can_isolate()}")
 def test_an_isolated_worker_shares_no_disk_and_no_network_and_gives_back_20_mb(home, tmp_path):
     apart = Home(tmp_path / "apart")
-    found = session.up(apart, config(isolate=True), ports="auto", serve=False)
+    found = lifecycle.up(apart, config(isolate=True), ports="auto", serve=False)
     try:
         told = drive(["-c", PROBE], apart)
     finally:
-        session.down(apart)
+        lifecycle.down(apart)
     bridge = namespace.network_of(apart.root)
     assert told["seen"] == [] and told["sum"] == 1 << 20 and told["back"] == 20 << 20
     assert told["addresses"] == [bridge.head, bridge.node(0).address] and found.address.startswith(bridge.head)

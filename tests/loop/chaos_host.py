@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raymill.actors.lake import Lake
-from raymill.cluster import ports, processes, session
+from raymill.cluster import lifecycle, ports, processes, session
 from raymill.cluster.spec import DEFAULT_CONFIG
 from raymill.jobs.run import newest
 from raymill.runtime.home import Home
@@ -182,7 +182,7 @@ class Host:
         for process in self.running:
             process.kill()
             process.wait()
-        session.down(self.home)
+        lifecycle.down(self.home)
         shutil.rmtree(session.scratch_path(self.home), ignore_errors=True)
 
 

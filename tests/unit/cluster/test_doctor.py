@@ -2,7 +2,7 @@ import os
 import socket
 import subprocess
 
-from raymill.cluster import certificate, doctor, processes, session
+from raymill.cluster import certificate, doctor, lifecycle, processes, session
 from raymill.cluster.spec import load_config, parse_config
 from raymill.runtime.home import Home
 
@@ -87,7 +87,7 @@ def test_down_drops_the_build_locks_of_its_killed_ranks(tmp_path):
     lock.parent.mkdir(parents=True)
     lock.touch()
     home.cluster.mkdir()
-    assert session.down(home) == 0 and not lock.exists()
+    assert lifecycle.down(home) == 0 and not lock.exists()
 
 
 def test_what_is_mended_is_ours_alone(tmp_path):

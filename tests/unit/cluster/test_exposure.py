@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from raymill.cluster import certificate, exposure, session
+from raymill.cluster import certificate, exposure, lifecycle, session
 from raymill.cluster.front import Front, haproxy_text
 from raymill.cluster.ports import choose
 from raymill.cluster.spec import ListenSpec, load_config
@@ -99,7 +99,7 @@ def test_up_starts_nothing_that_would_be_open(tmp_path):
     home = Home(tmp_path)
     config = load_config().model_copy(update={"listen": ListenSpec(host="0.0.0.0")})
     with pytest.raises(SpecError, match="nothing was started"):
-        session.up(home, config, ports="auto")
+        lifecycle.up(home, config, ports="auto")
     assert session.load(home) is None
 
 
