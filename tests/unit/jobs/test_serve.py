@@ -1,5 +1,6 @@
 """`raymill serve`: what it takes for a model, what becomes of versions, and what a caller is told."""
 
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from raymill.actors import envelope, model_files
 from raymill.actors.endpoint import Placement
 from raymill.actors.named_inputs import NamedInputs, spec_alone
 from raymill.actors.scheduler import GpuPoolScheduler
+from raymill.jobs.cli.output import out
 from raymill.jobs.cli.serve import _print, describe
 from raymill.jobs.model_target import Target, Wish, read_target
 from raymill.jobs.serving_alone import give_up_grant, put_up
@@ -231,12 +233,13 @@ def test_the_printed_requests_can_be_pasted(serving):
     assert json.loads(words["vectors"][-1])["inputs"][0]["shape"] == [1, 2]
 
 
-def test_where_a_key_is_asked_for_what_is_printed_sends_the_callers_own(serving, tmp_path, capsys, monkeypatch):
+def test_where_a_key_is_asked_for_what_is_printed_sends_the_callers_own(serving, tmp_path, monkeypatch):
     """The printed lines, run by a shell that has a `raymill` and a `curl` which tell what they got."""
     serve, _, _ = serving
     target = Target(name="m", kind="code", data=b"", inputs=("a",))
+    monkeypatch.setattr(out, "file", io.StringIO())
     _print(describe(target, serve(b"one", inputs=("a",)), "http://127.0.0.1:8000", with_key=True), ends_here=False)
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.strip() for line in out.file.getvalue().splitlines()]
     pasted = [line for line in lines if line.startswith(("export", "curl"))]
     assert len(pasted) == 3
     for name, does in (("raymill", 'echo "rm_of_$3"'), ("curl", 'printf "%s\\n" "$@"')):
