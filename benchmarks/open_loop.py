@@ -1,4 +1,4 @@
-"""Open-loop load: requests leave at their rate whatever the answers do, each answer is held against its own row.
+"""Open-loop load: requests leave at a constant rate whatever the answers do, each answer is held against its own row.
 
 `OpenLoop` runs it as a process of its own beside a benchmark (`python -m benchmarks.open_loop FOLDER`, which ends with
 its stdin). Latency counts from the moment at which a request was due, so a server that stalls is charged for all who
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,19 +72,8 @@ class OpenLoop:
         x: npt.NDArray[np.float32],
         expected: dict[int, npt.NDArray[np.float32]],
         rate: float,
-        growth: float = 0.0,
-        most: float = 0.0,
     ) -> None:
-        """Load on a model of an endpoint.
-
-        Args:
-            url: the endpoint.
-            model: its model.
-            x: inputs [rows, n], sent in turn.
-            expected: version → its answers to them.
-            rate: requests a second.
-            growth: by how much the rate grows each second.
-            most: until it is that.
+        """Args: the endpoint; its model; the inputs [rows, n], sent in turn; version → its answers; requests a second.
 
         Raises:
             ValueError: two rows have the same answer, so that one caller's could pass for the other's.
@@ -93,7 +81,7 @@ class OpenLoop:
         answers = np.concatenate(list(expected.values()))
         if np.diff(np.sort(answers)).min(initial=1.0) < 2 * _TOLERANCE:
             raise ValueError("two rows or versions have the same answer: choose inputs that tell them apart")
-        self._place = {"url": url, "model": model, "rates": [rate, growth, most]}
+        self._place = {"url": url, "model": model, "rate": rate}
         self._x, self._expected = x, expected
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
@@ -198,10 +186,10 @@ class Requests:
 class Load:
     """The sending side; one event loop."""
 
-    def __init__(self, url: str, requests: Requests, rates: Sequence[float]) -> None:
+    def __init__(self, url: str, requests: Requests, rate: float) -> None:
         parsed = httpx.URL(url)
         self._host, self._port = parsed.host, parsed.port or 80
-        self._requests, self._rates = requests, rates
+        self._requests, self._rate = requests, rate
         self._idle: deque[Connection] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._due: list[float] = []
@@ -211,7 +199,7 @@ class Load:
         """Send until `ends` is set, then wait for what is under way."""
         begun = time.monotonic()
         while not ends.is_set():
-            while (due := begun + due_after_s(len(self._due), *self._rates)) <= time.monotonic():
+            while (due := begun + len(self._due) / self._rate) <= time.monotonic():
                 self._due.append(due)
                 self._send(len(self._due) - 1)
             await asyncio.sleep(_WAKE_S)
@@ -252,15 +240,6 @@ class Load:
         self._found[n] = (latency, version, failure)
 
 
-def due_after_s(n: int, rate: float, growth: float = 0.0, most: float = 0.0) -> float:
-    """When request `n` is due: `rate` a second, which grows by `growth` each second until it is `most`."""
-    if not growth:
-        return n / rate
-    grown_s = (most - rate) / growth
-    grown = (rate + most) / 2 * grown_s
-    return (math.sqrt(rate * rate + 2 * growth * n) - rate) / growth if n < grown else grown_s + (n - grown) / most
-
-
 async def _main(folder: Path) -> None:
     place = json.loads((folder / "place.json").read_text())
     with np.load(folder / "rows.npz") as rows:
@@ -268,7 +247,7 @@ async def _main(folder: Path) -> None:
     requests = Requests(httpx.URL(place["url"]).host, place["model"], x, expected)
     ends = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ends.set)
-    sent = await Load(place["url"], requests, place["rates"]).run(ends)
+    sent = await Load(place["url"], requests, place["rate"]).run(ends)
     np.savez(
         folder / "sent.npz",
         due_s=sent.due_s,

@@ -1,8 +1,9 @@
 """The events of the rollout benchmark in which the number of replicas follows the load.
 
-`autoscale_1_3_1`: beside a constant load that is measured, a crowd grows evenly to what takes three replicas, and
-leaves when they run; its requests count too. The model waits instead of computing, so that three replicas answer more
-than one on two cores. `seconds`: from the crowd's first request to three replicas, `seconds_down`: from its end to one.
+`autoscale_1_3_1`: beside a constant load that is measured, a crowd comes that is too much for one replica, and when
+two run, one that is too much for two; it leaves after three ran for a while. Its requests count too. The model waits
+instead of computing, so that three replicas answer more than one on two cores. `seconds`: from the crowd's first
+request to three replicas, `seconds_down`: from its end to one.
 `from_zero`: nobody asks until no replica is left; then requests leave at a constant rate at once. `held_s`: the
 longest that one of them waited, which is how long the first replica took; the median of the wakes.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.harness import progress
-from benchmarks.open_loop import Sent
+from benchmarks.open_loop import OpenLoop, Sent
 from benchmarks.rollout_session import Session
 from raymill.actors.autoscaling import autoscaling_config
 from raymill.actors.endpoint import Placement
@@ -24,10 +25,11 @@ from raymill.actors.scaling import Scaling
 
 RATE = 250.0
 """Requests a second of the load that wakes."""
-WAITING_RATE, WAITING_GROWTH, WAITING_MOST = 60.0, 4.0, 260.0
-"""Requests a second: of the load that is measured while replicas come and go; by how much the crowd beside it grows
-each second, so slowly that a replica starts in less time than it takes from where one is too few (133 in all) to where
-it is overrun (200); and what the crowd comes to, which is too much for two and does not overrun them."""
+WAITING_RATE = 60.0
+"""Requests a second of the load that is measured while replicas come and go."""
+CROWD = (100.0, 170.0)
+"""Requests a second of the two that come. A replica alone is too few from 133 requests a second on, and overrun from
+200: each time there are 160 for each, so that nothing is lost however long another takes to start."""
 TARGET_S = 0.1
 """p99 that the number of replicas is to hold."""
 WITHIN_S = 120.0
@@ -47,12 +49,15 @@ def autoscale_1_3_1(s: Session, quick: bool) -> dict[str, float]:
     time.sleep(2)  # connections, the batch's pace
     quiet_s = time.monotonic()
     time.sleep(4 if quick else 12)
-    crowd = s.load(1.0, WAITING_GROWTH, WAITING_MOST, waits=True)
     begun = time.monotonic()
-    while running(s) < 3 and time.monotonic() - begun < WITHIN_S:
-        time.sleep(0.1)
+    crowd: list[OpenLoop] = []
+    for replicas, rate in enumerate(CROWD, start=2):
+        crowd.append(s.load(rate, waits=True))
+        while running(s) < replicas and time.monotonic() - begun < WITHIN_S:
+            time.sleep(0.1)
     up, reached = time.monotonic(), running(s)
-    came = crowd.stop()
+    time.sleep(2 if quick else 20)
+    came = [one.stop() for one in crowd]
     down = time.monotonic()
     if reached == 3:
         wait(lambda: len(s.endpoint.replicas()) == 1, "one replica")
@@ -60,12 +65,12 @@ def autoscale_1_3_1(s: Session, quick: bool) -> dict[str, float]:
     time.sleep(1)
     sent = load.stop()
     if reached < 3:
-        raise NotBroughtAbout(f"{len(came)} requests of a crowd brought {reached} replicas only")
+        raise NotBroughtAbout(f"{sum(map(len, came))} requests of a crowd brought {reached} replicas only")
     before, during = sent.between(quiet_s, begun), sent.between(begun, gone)
-    progress(f"autoscale_1_3_1: a crowd of {len(came)}, up {up - begun:.1f} s, down {gone - down:.1f} s")
+    progress(f"autoscale_1_3_1: a crowd of {sum(map(len, came))}, up {up - begun:.1f} s, down {gone - down:.1f} s")
     return {
-        "requests": len(during) + len(came),
-        "failed": failed("autoscale_1_3_1", sent) + failed("autoscale_1_3_1", came),
+        "requests": sum(map(len, (during, *came))),
+        "failed": sum(failed("autoscale_1_3_1", one) for one in (sent, *came)),
         "seconds": up - begun,
         "seconds_down": gone - down,
         "p99_ratio": during.quantile_s(0.99) / before.quantile_s(0.99),

@@ -64,10 +64,10 @@ class Session:
     """Version → its answers to them."""
     spec: ModelSpec
 
-    def load(self, rate: float, growth: float = 0.0, most: float = 0.0, *, waits: bool = False) -> OpenLoop:
-        """So many requests a second from now on (as `OpenLoop`), until it is stopped; for version 5 if it `waits`."""
+    def load(self, rate: float, *, waits: bool = False) -> OpenLoop:
+        """So many requests a second from now on, until it is stopped; for version 5 if it `waits`."""
         expected = {WAITS: self.x[:, 1] + self.x[:, 2] / 3 + self.x[:, 3] / 7} if waits else self.expected
-        load = OpenLoop(self.endpoint.url, MODEL, self.x, expected, rate, growth, most)
+        load = OpenLoop(self.endpoint.url, MODEL, self.x, expected, rate)
         load.start(self.folder / f"load{time.monotonic_ns()}")
         return load
 
