@@ -68,6 +68,8 @@ class Pace:
     SHORT_S = 0.003
     """For how long a batch may hold the event loop up: about what one turn of it takes with 100 busy callers."""
     _WEIGHT = 0.1
+    _FORGET = 0.01
+    """By how much the quickest of a size is less believed with each batch after it."""
     _MOST_S = 0.01
     """Up to here a batch counts in full, above it as four times what was known: a pause of the process is not its
     doing."""
@@ -75,6 +77,7 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._rows: dict[int, float] = {}
+        self._quickest: dict[int, float] = {}
 
     def is_short(self, rows: int) -> bool:
         """Whether a batch of so many rows is expected to take less than `SHORT_S`."""
@@ -85,12 +88,20 @@ class Pace:
             known = math.inf if smaller is None else self._seconds[smaller] * 2 ** (size - smaller)
         return known <= self.SHORT_S
 
-    def note(self, rows: int, seconds: float) -> None:
-        """A batch of so many rows took so long."""
+    def note(self, rows: int, cpu_s: float, wall_s: float = 0.0) -> float:
+        """A batch of so many rows took so much time on a core, and so much of the wall; returns what it counts for.
+
+        Waiting for a core is not the batch's doing, waiting for a device or another server is: that it does each time.
+        So of the wall's time the quickest of late counts.
+        """
         size = rows.bit_length()
+        quickest = min(wall_s, self._quickest.get(size, wall_s) * (1 + self._FORGET))
+        self._quickest[size] = quickest
+        seconds = max(cpu_s, quickest)
         self._rows[size] = self._rows.get(size, rows) + self._WEIGHT * (rows - self._rows.get(size, rows))
         before = self._seconds.get(size, seconds)
         self._seconds[size] = before + self._WEIGHT * (min(seconds, max(self._MOST_S, 4 * before)) - before)
+        return seconds
 
     def rows_within(self, seconds: float) -> float:
         """Rows that are expected to take no longer together: at least 1, infinitely many before anything is known.

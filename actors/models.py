@@ -95,6 +95,17 @@ class Answer:
     """Place of a row of callers apart → why it has no answer; what stands there otherwise means nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch whose features are looked up."""
+
+    batch: list[Question]
+    found: list[tuple[Question, Floats]]
+    """Questions that can be asked, with their vectors [rows, n]."""
+    errors: dict[int, RaymillError]
+    """Identity of a question → why it can not."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with every program that answers or shadows."""
@@ -158,19 +169,33 @@ class LoadedModel:
         Raises:
             Unavailable: its programs are not in memory.
         """
+        return self.score([self.prepare(batch)], log)
+
+    def prepare(self, batch: list[Question]) -> Prepared:
+        """The first stage: features looked up.
+
+        Raises:
+            Unavailable: its programs are not in memory.
+        """
         if self.is_away:
             away(np.empty(0, np.float32))
         found, errors = self._vectors(batch)
-        scored = []
+        fine = []
         for question, x in found:
             try:
                 self.check(question)
                 self._check_known(x)
-                scored.append((question, x))
+                fine.append((question, x))
             except RaymillError as err:
                 errors[id(question)] = err
-        answers = self._score(scored, log, errors) if scored else {}
-        return [answers.get(id(q)) or errors[id(q)] for q in batch]
+        return Prepared(batch, fine, errors)
+
+    def score(self, prepared: Sequence[Prepared], log: Log) -> list[Answer | RaymillError]:
+        """The second stage, of batches that this model has prepared, together; as `ask`."""
+        found = prepared[0].found if len(prepared) == 1 else [pair for one in prepared for pair in one.found]
+        errors = {name: err for one in prepared for name, err in one.errors.items()}
+        answers = self._score(found, log, errors) if found else {}
+        return [answers.get(id(q)) or errors[id(q)] for one in prepared for q in one.batch]
 
     def _check_known(self, x: Floats) -> None:
         if not self.takes_unknown and bool(np.isnan(x).any()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -41,7 +42,7 @@ from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.model_set import ModelSet
-from raymill.actors.models import Answer, Question
+from raymill.actors.models import Answer, LoadedModel, Prepared, Question
 from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
@@ -105,6 +106,7 @@ class ServingReplica:
         self._known: dict[str, KnownBodies] = {}
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._features = ThreadPoolExecutor(1, thread_name_prefix="features")
         self._routes = Routes(
             self.models,
             Readings(self._records, self._lakes),
@@ -135,6 +137,7 @@ class ServingReplica:
             self._started = False
             self._reporter.stop()
             self.door.stop()
+            self._features.shutdown()
             self._thread.shutdown()
             self._log.stop()
 
@@ -290,7 +293,7 @@ class ServingReplica:
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = Lane(
-                partial(self._ask, name),
+                self._ask,
                 self._thread,
                 max_batch_rows=spec.max_batch_rows,
                 max_rows=spec.max_queue_rows,
@@ -298,6 +301,8 @@ class ServingReplica:
                 is_here=partial(self._is_here, name),
                 bring_back=partial(self.models.bring_back, name),
                 gather=partial(gather, read=self._read),
+                prepare=partial(self._prepare, name),
+                preparing=self._features,
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         lane.target_s = spec.p99_ms / 1000
@@ -307,12 +312,26 @@ class ServingReplica:
         model = self.models.models.get(name)
         return model is None or not model.is_away
 
-    def _ask(self, name: str, batch: list[Question]) -> list[Answer | RaymillError]:
+    def _prepare(self, name: str, batch: list[Question]) -> tuple[LoadedModel, list[Question], Prepared | None]:
+        """The first stage of a batch: a model as it is now, and what it has looked up."""
         self.models.asked(name)
         if not self._is_here(name):  # it left between the lane's look and this one
             self.models.bring_back(name)
         model = self.models.named(name)
-        return model.ask(batch, self._log) if self.traces is None else self.traces.ask(model, batch, self._log)
+        return model, batch, model.prepare(batch) if self.traces is None else None
+
+    def _ask(self, prepared: list[tuple[LoadedModel, list[Question], Prepared | None]]) -> list[Answer | RaymillError]:
+        """The second stage; batches of one state of the model are one."""
+        answers: list[Answer | RaymillError] = []
+        for _, group in itertools.groupby(prepared, key=lambda one: id(one[0])):
+            batches = list(group)
+            model = batches[0][0]
+            found = [p for _, _, p in batches if p is not None]
+            if found:
+                answers += model.score(found, self._log)
+            else:
+                answers += self.traces.ask(model, [q for _, batch, _ in batches for q in batch], self._log)
+        return answers
 
     def _lake_of(self, model: str) -> Lake:
         """Where a model's predictions go; of one that is not served here (any more) the ledger knows it."""
