@@ -29,9 +29,12 @@ WAITING_RATE = 60.0
 """Requests a second of the load that is measured while replicas come and go."""
 CROWD = (100.0, 170.0)
 """Requests a second of the two that come. A replica alone is too few from 133 requests a second on, and overrun from
-200: each time there are 160 for each, so that nothing is lost however long another takes to start."""
+290: each time there are 160 for each, so that nothing is lost however long another takes to start."""
 TARGET_S = 0.1
 """p99 that the number of replicas is to hold."""
+PROMISED_S = 0.3
+"""p99 beyond which the model refuses who comes (429): on a machine that others use too a replica that is one too few is
+soon beyond what there are to be more for, and who is refused would count as failed."""
 WITHIN_S = 120.0
 """For a change of the number of replicas."""
 
@@ -43,7 +46,7 @@ class NotBroughtAbout(RuntimeError):
 def autoscale_1_3_1(s: Session, quick: bool) -> dict[str, float]:
     """One replica, three, one."""
     scaling = Scaling(fewest=1, most=3, p99_s=TARGET_S, cooldown_s=3.0 if quick else 6.0)
-    deploy(s, s.waiting(TARGET_S), scaling)
+    deploy(s, s.waiting(PROMISED_S), scaling)
     s.wait_for_replicas(1)
     load = s.load(WAITING_RATE, waits=True)
     time.sleep(2)  # connections, the batch's pace
