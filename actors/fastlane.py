@@ -145,6 +145,7 @@ class _Due:
     def answered(self, reply: Reply) -> None:
         """The reply is there; it leaves when those before it have left."""
         self.reply = reply
+        self.ticket = None  # it holds this method: in a circle all of it would wait for the garbage collector
         self._protocol.flush()
 
 
@@ -287,7 +288,9 @@ class FastLane(HttpToolsProtocol):
             due.answered(refusal)
             return
         call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
-        due.ticket = fast.service.submit(call, due.answered)
+        ticket = fast.service.submit(call, due.answered)
+        if due.reply is None:
+            due.ticket = ticket
 
     def _turn(self, data: bytes) -> None:
         """These bytes are uvicorn's, once the replies before them have left."""

@@ -6,6 +6,7 @@ that fails is that caller's error.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -27,11 +28,13 @@ class KnownTicket(Ticket):
     __slots__ = ("call", "form", "reply")
 
     def __init__(self, call: HttpCall, form: BodyForm, reply: Done, since_s: float) -> None:
-        super().__init__(None, self._failed, since_s)
+        self.question, self.rows, self.left = None, 1, False  # as `Ticket`'s own, but for `done`, which would hold it
+        self.since_s, self.expires_s = since_s, math.inf
         self.call, self.form, self.reply = call, form, reply
 
-    def _failed(self, answer: Answer | Exception) -> None:
-        assert isinstance(answer, Exception), "its answer comes by its group"
+    def done(self, answer: Answer | Exception) -> None:
+        """Tell the caller of an error; its answer comes by its group."""
+        assert isinstance(answer, Exception)
         self.reply(failure(answer, self.call.model))
 
 

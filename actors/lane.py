@@ -20,7 +20,7 @@ from raymill.actors.load_meter import LoadMeter
 from raymill.actors.models import Answer, Question
 from raymill.runtime.errors import Expired, Overloaded, RaymillError, Unavailable
 
-TOGETHER = 32
+TOGETHER = 64
 """So many callers are a batch, though the loop may have more to read: meanwhile those before them go on."""
 
 Prepare = Callable[[list[Question]], Any]

@@ -64,13 +64,20 @@ class LakeSink:
 
 
 def _fresh(lake: Lake, version: int | None, rows: pa.Table) -> pa.Table:
-    """The rows that a version of the table does not have, each once."""
-    names = _names(rows)
-    _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
-    if len(first) < rows.num_rows:
+    """The rows that a version of the table does not have, each once.
+
+    Only a row with a text can be there: one that came as a ready vector was given its id by the replica that answered,
+    and its segment is appended once.
+    """
+    named = pc.is_valid(rows.column("row"))
+    if not pc.any(named).as_py():
+        return rows
+    names = _whole(pc.if_else(named, _names(rows), rows.column("id")))
+    if pc.count_distinct(names).as_py() < rows.num_rows:
+        _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
         first.sort()
-        rows, names = rows.take(pa.array(first)), names.take(pa.array(first))
-    moments = pc.min_max(rows.column("at")).as_py()
+        rows, names, named = rows.take(pa.array(first)), names.take(pa.array(first)), named.take(pa.array(first))
+    moments = pc.min_max(rows.column("at").filter(named)).as_py()
     where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
     there = lake.read(TABLE, version=version, columns=["model", "id", "role", "version"], where=where)
     return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
@@ -80,5 +87,8 @@ def _names(rows: pa.Table) -> pa.Array:
     """What must be unique in the table."""
     shadow = pc.equal(rows.column("role"), "shadow")
     version = pc.if_else(shadow, pc.cast(rows.column("version"), pa.string()), "")
-    joined = pc.binary_join_element_wise(rows.column("model"), rows.column("id"), version, "\x1f")
-    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
+    return _whole(pc.binary_join_element_wise(rows.column("model"), rows.column("id"), version, "\x1f"))
+
+
+def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -1,6 +1,7 @@
 """The fast lane beside uvicorn's own: the same bytes, the same answers, in order; what is odd is left to uvicorn."""
 
 import asyncio
+import gc
 from contextlib import asynccontextmanager
 
 import orjson
@@ -14,6 +15,7 @@ from raymill.actors import fastlane, http_head, selftest
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
+from raymill.actors.lane import Ticket
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import converse, masked, post
 from raymill.actors.serving import ServingReplica
@@ -370,3 +372,34 @@ def test_a_call_names_what_was_asked():
     assert (head.model, head.infer, head.version, head.length, head.keep_alive) == ("m", True, "3", 2, False)
     assert head.headers["a"] == "2"
     assert HttpCall(head.model, head.infer, head.version, head.headers, b"xy").version == "3"
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(tmp_path):
+    infer = orjson.dumps({"inputs": [{"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]})
+    kinds = (
+        post("/predict/taxi", rows("a"), last=False),
+        post("/v2/models/taxi/infer", infer, last=False),  # the first of them by the ordinary way, the others not
+        post("/v2/models/other/infer", infer, last=False),
+    )
+
+    async def test():
+        found = await replica(tmp_path, LIVE)
+        lane, wire, _ = connection(found)
+
+        async def each(times):
+            for data in kinds * times:
+                before = len(wire.sent)
+                lane.data_received(data)
+                while len(wire.sent) == before:
+                    await asyncio.sleep(0.001)
+
+        await each(3)
+        gc.collect()
+        gc.disable()
+        try:
+            await each(5)
+            return sum(isinstance(o, (fastlane._Due, Ticket, HttpCall)) for o in gc.get_objects())
+        finally:
+            gc.enable()
+
+    assert asyncio.run(test()) == 0

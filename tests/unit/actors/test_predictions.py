@@ -22,7 +22,7 @@ from raymill.runtime.errors import StoreError
 from tests.unit.actors.serving_parts import ListSink
 
 
-def scored(*ids, p=0.5, version=1, role="live", model="taxi"):
+def scored(*ids, p=0.5, version=1, role="live", model="taxi", text=b'{"a":1}'):
     n = len(ids)
     return Scored(
         model=model,
@@ -31,7 +31,7 @@ def scored(*ids, p=0.5, version=1, role="live", model="taxi"):
         roles=[role] * n,
         at=np.arange(n),
         keys=[f"[{i}]" for i in range(n)],
-        texts=[b'{"a":1}'] * n,
+        texts=[text] * n,
         x=np.arange(2 * n, dtype=np.float32).reshape(n, 2),
         p=np.full(n, p, dtype=np.float32),
     )
@@ -329,3 +329,16 @@ def test_at_least_as_many_answers_are_remembered_as_stated_and_not_many_more(mon
     for i in range(25, 35):
         assert log.record(scored(f"{i}", p=0.75), [])[1].tolist() == [0.25]
     assert log.record(scored("3", p=0.75), [])[1].tolist() == [0.75]
+
+
+def test_answers_to_ready_vectors_are_shipped_without_a_look_at_those_before(tmp_path, monkeypatch):
+    lake = Lake(tmp_path / "lake")
+    sink = LakeSink(lambda model: lake, tmp_path / "lock", lambda *segment: True)
+    looked = []
+    monkeypatch.setattr(Lake, "read", lambda *what, read=Lake.read, **how: looked.append(what) or read(*what, **how))
+    sink.ship("s1", batch("u", "v", text=None))
+    assert not looked
+    sink.ship("s2", pa.concat_tables([batch("w", text=None), batch("a", "a")]))
+    sink.ship("s3", pa.concat_tables([batch("a"), batch("x", text=None)]))
+    assert len(looked) == 2
+    assert sorted(lake.read("predictions").column("id").to_pylist()) == ["a", "u", "v", "w", "x"]
