@@ -37,15 +37,15 @@ def is_plain(kind: pa.DataType) -> bool:
     return kind in (pa.int64(), pa.float64()) or (pa.types.is_timestamp(kind) and kind.unit == "us")
 
 
-def writer_properties(names: list[str]) -> WriterProperties:
-    """How the lake writes columns of these names (its numbers and moments) plain; others keep their dictionary."""
-    plain = ColumnProperties(dictionary_enabled=False)
+def writer_properties(repeating: list[str]) -> WriterProperties:
+    """How the lake writes: columns of these names with a dictionary, all others plain."""
     return WriterProperties(
         compression="UNCOMPRESSED",
         data_page_size_limit=PAGE_ROWS * _WIDTH * 2,
         data_page_row_count_limit=PAGE_ROWS,
         max_row_group_size=PAGE_ROWS,
-        column_properties={name: plain for name in names} or None,
+        default_column_properties=ColumnProperties(dictionary_enabled=False),
+        column_properties={name: ColumnProperties(dictionary_enabled=True) for name in repeating} or None,
     )
 
 

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ SCHEMA = pa.schema(
 )
 _FRAME = struct.Struct("<4sIII")
 _MAGIC = b"rmp1"
-_ROW_BYTES = 4 + 8 + 8
-"""Of p, at and version."""
+_SHARED = {"role": "roles", "key": "keys", "row": "rows"}
+"""Column → what a head calls it: a list, or the one value of all rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def encode(scored: Scored, replica: str, wall_s: float) -> bytes:
         "keys": scored.keys,
         "rows": [None if t is None else t.decode() for t in scored.texts],
     }
-    for name in ("roles", "keys", "rows"):
+    for name in _SHARED.values():
         values = head[name]
         if values.count(values[0]) == len(values):
             head[name] = values[0]
@@ -100,35 +101,44 @@ def encode(scored: Scored, replica: str, wall_s: float) -> bytes:
 
 def decode(data: bytes) -> pa.Table:
     """The rows of all whole frames, in order."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("id", "model", "role", "key", "row", "wall_s", "replica")}
+    heads: list[dict[str, Any]] = []
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("x", "p", "at", "version")}
-    widths: list[npt.NDArray[np.int32]] = [np.zeros(1, np.int32)]
     for head, body in _frames(data):
-        rows, width = len(head["ids"]), head["width"]
-        columns["id"] += head["ids"]
-        for name, given in (("role", "roles"), ("key", "keys"), ("row", "rows")):
-            columns[name] += head[given] if isinstance(head[given], list) else [head[given]] * rows
-        for name in ("model", "wall_s", "replica"):
-            columns[name] += [head[name]] * rows
-        widths.append(np.full(rows, width, np.int32))
+        heads.append(head)
+        rows = len(head["ids"])
         at = 0
         for name, kind, count in (
-            ("x", "<f4", rows * width), ("p", "<f4", rows), ("at", "<i8", rows), ("version", "<i8", rows)
+            ("x", "<f4", rows * head["width"]), ("p", "<f4", rows), ("at", "<i8", rows), ("version", "<i8", rows)
         ):  # fmt: skip
             parts[name].append(np.frombuffer(body, kind, count, at))
             at += parts[name][-1].nbytes
-    if not columns["id"]:
+    if not any(head["ids"] for head in heads):
         return SCHEMA.empty_table()
+    counts = np.array([len(head["ids"]) for head in heads])
     whole = {name: np.concatenate(found) for name, found in parts.items()}
-    offsets = pa.array(np.cumsum(np.concatenate(widths), dtype=np.int32))
-    arrays = {name: pa.array(values, SCHEMA.field(name).type) for name, values in columns.items()}
+    offsets = np.zeros(counts.sum() + 1, np.int32)
+    np.cumsum(np.repeat([head["width"] for head in heads], counts), out=offsets[1:])
+    arrays = {name: _column(name, heads, counts) for name in ("model", "wall_s", "replica")}
+    arrays |= {name: _column(name, heads, counts, given) for name, given in _SHARED.items()}
     arrays |= {
-        "x": pa.ListArray.from_arrays(offsets, pa.array(whole["x"], pa.float32())),
+        "id": pa.array(list(chain.from_iterable(head["ids"] for head in heads)), pa.string()),
+        "x": pa.ListArray.from_arrays(pa.array(offsets), pa.array(whole["x"], pa.float32())),
         "p": pa.array(whole["p"], pa.float32()),
         "at": pa.array(whole["at"], pa.int64()).view(SCHEMA.field("at").type),
         "version": pa.array(whole["version"], pa.int64()),
     }
     return pa.table([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _column(
+    name: str, heads: list[dict[str, Any]], counts: npt.NDArray[np.int64], given: str | None = None
+) -> pa.Array:
+    """A column of which a head has one value for all its rows, or (those that are `given` by a list) one for each."""
+    kind, values = SCHEMA.field(name).type, [head[given or name] for head in heads]
+    if any(isinstance(v, list) for v in values):
+        each = (v if isinstance(v, list) else [v] * n for v, n in zip(values, counts.tolist(), strict=True))
+        return pa.array(list(chain.from_iterable(each)), kind)
+    return pa.array(values, kind).take(pa.array(np.repeat(np.arange(len(heads)), counts)))
 
 
 def _frames(data: bytes) -> Iterator[tuple[dict[str, Any], memoryview]]:
