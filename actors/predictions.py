@@ -46,10 +46,17 @@ class Sink(Protocol):
         """Take a segment, once whatever number of times it is sent; raise if it could not be taken."""
 
 
+class FileSink(Protocol):
+    """Where segments go whose rows need not be read here."""
+
+    def ship_file(self, segment: str, path: Path) -> int:
+        """As `Sink.ship`, of the segment in a file; how many rows it had."""
+
+
 class PredictionLog:
     """One replica's log; `record` is called by one thread at a time for a model, everything else by any."""
 
-    def __init__(self, spool: Path, sink: Sink, *, replica: str) -> None:
+    def __init__(self, spool: Path, sink: Sink | FileSink, *, replica: str) -> None:
         self._spool = spool
         self._sink = sink
         self._replica = replica
@@ -198,16 +205,21 @@ class PredictionLog:
                 path.unlink()
         for path in closed:
             try:
-                rows = read_segment(path)
-                self._sink.ship(f"{folder.name}-{path.stem}", rows)
+                self.shipped_rows += self._ship(f"{folder.name}-{path.stem}", path)
             except Exception as err:  # noqa: BLE001 - edge of the shipping loop: kept, told, tried again
                 self._failed(path, err)
                 return False
-            self.shipped_rows += rows.num_rows
             self.last_error = ""
             os.utime(path)
             path.rename(path.with_suffix(_SHIPPED))
         return True
+
+    def _ship(self, segment: str, path: Path) -> int:
+        if hasattr(self._sink, "ship_file"):
+            return self._sink.ship_file(segment, path)
+        rows = read_segment(path)
+        self._sink.ship(segment, rows)
+        return rows.num_rows
 
 
 class _Recent:

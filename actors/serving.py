@@ -37,19 +37,18 @@ from raymill.actors.endpoint import DEPLOYMENT
 from raymill.actors.fastlane import Fast
 from raymill.actors.gathering import KnownTicket, gather
 from raymill.actors.known_bodies import KnownBodies
-from raymill.actors.lake import Lake
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, LoadedModel, Prepared, Question
-from raymill.actors.prediction_sink import LakeSink
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec, from_user_config
 from raymill.actors.rollout_watch import Reporter
 from raymill.actors.routes import Routes
+from raymill.actors.shipper import Outside
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import (
@@ -59,6 +58,7 @@ from raymill.runtime.errors import (
 from raymill.runtime.home import Home
 from raymill.runtime.ids import new_ids
 from raymill.runtime.records import RemoteRecords
+from raymill.runtime.stores import Stores
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ class ServingReplica:
         self._records = records if records is not None else RemoteRecords()
         self.name = new_ids(1)[0]
         self._lakes = Lakes(self._home, lambda *what, **narrowed: self._records.events(*what, **narrowed))
-        sink = sink or LakeSink(self._lake_of, self._home.spool / "sink.lock", surroundings.observe)
-        self._log = PredictionLog(self._home.spool, sink, replica=self.name)
+        self._log = PredictionLog(self._home.spool, sink or Outside(self._home, self._stores), replica=self.name)
         self.models = ModelSet(
             fetch=self._records.program,
             load=load or surroundings.load_program,
@@ -333,10 +332,9 @@ class ServingReplica:
                 answers += self.traces.ask(model, [q for _, batch, _ in batches for q in batch], self._log)
         return answers
 
-    def _lake_of(self, model: str) -> Lake:
-        """Where a model's predictions go; of one that is not served here (any more) the ledger knows it."""
-        served = self.models.models.get(model)
-        return self._lakes.of(model) if served is None else self._lakes.at(served.spec.stores)
+    def _stores(self) -> dict[str, Stores]:
+        """Where the predictions of the models go that are served here."""
+        return {name: model.spec.stores for name, model in self.models.models.items()}
 
     def _report(self) -> Report:
         models = self.models

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raymill.runtime.errors import RaymillError, Unavailable
 from raymill.runtime.messages import Lease
@@ -180,6 +180,12 @@ def companion(cls: type, *args: Any, num_cpus: float = 0, max_concurrency: int =
     """
     options = {"max_restarts": 0, "max_concurrency": max_concurrency, "scheduling_strategy": "SPREAD"}
     return ray.remote(_started(cls)).options(num_cpus=num_cpus, **options).remote(*args)
+
+
+def beside(cls: type, *args: Any) -> Any:
+    """Handle of a new unnamed actor as by `companion`, on this process's own node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_started(cls)).options(num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(*args)
 
 
 def _started(cls: type) -> type:
