@@ -86,6 +86,8 @@ class Fast:
         self.reason = ""
         """Why the fast lane is not used; empty: it is."""
         self.requests = 0
+        self.arguments: dict[str, Any] | None = None
+        """What uvicorn makes a connection's protocol with; None before the first."""
         self._accounts_of = accounts_of or (lambda app: NoAccounts())
         self._heads: dict[bytes, Head] = {}
         self._beginnings: dict[tuple[int, str], bytes] = {}
@@ -96,6 +98,7 @@ class Fast:
 
     def protocol(self, **arguments: Any) -> FastLane:
         """A connection's protocol, as uvicorn asks for one."""
+        self.arguments = arguments
         if self.accounts is None and not self.reason:
             try:
                 self.accounts = self._accounts_of(arguments["config"].loaded_app)

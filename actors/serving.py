@@ -40,6 +40,7 @@ from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
+from raymill.actors.local_socket import LocalSocket
 from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, LoadedModel, Prepared, Question
 from raymill.actors.predictions import PredictionLog, Sink
@@ -122,6 +123,7 @@ class ServingReplica:
         self.door = Door(KeyPolicy(keys), self._records)
         self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
+        self._socket = LocalSocket(self.fast, os.environ)
 
     def start(self) -> None:
         """Learn what was answered lately; begin to ship the log."""
@@ -209,16 +211,25 @@ class ServingReplica:
                 self.traces = surroundings.traces_of_serve()
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
+                self._opens = loop.create_task(self._open_socket())
                 if gauges := surroundings.gauges_of_serve():
                     self._metrics = ReplicaMetrics(self._load.reading, self.models.attempts.tallies, gauges)
                     self._metrics.start(loop)
                 await send({"type": "lifespan.startup.complete"})
             else:
+                self._opens.cancel()
+                self._socket.close()
                 if self._metrics is not None:
                     self._metrics.stop()
                 await loop.run_in_executor(None, self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+    async def _open_socket(self) -> None:
+        try:
+            await self._socket.open(surroundings.own_address())
+        except Exception as err:  # noqa: BLE001 - psutil, the file system: whatever breaks there, TCP goes on
+            _log.warning("the proxy reaches this replica by TCP: %s: %s", type(err).__name__, err)
 
     async def _open_fast_lane(self) -> None:
         """Put the fast lane into the server that Serve is about to start, if it answers as this application does."""

@@ -47,6 +47,13 @@ def traces_of_serve() -> Any:
     return Traces(trace.get_tracer("raymill"))
 
 
+def own_address() -> str:
+    """This node's address in the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def gauges_of_serve() -> Any:
     """Makes a gauge that carries Serve's labels of this replica; None: it is none of Serve's."""
     serve = sys.modules.get("ray.serve.context")

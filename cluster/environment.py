@@ -17,7 +17,7 @@ from raymill.cluster.processes import SESSION_MARK
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
 from raymill.runtime.api_keys import KeyPolicy
 from raymill.runtime.errors import SpecError
-from raymill.runtime.home import HOME_VARIABLE, Home
+from raymill.runtime.home import HOME_VARIABLE, SOCKETS_VARIABLE, Home
 
 CLUSTER_NAME = "raymill"
 HEAD_INSTANCE = "head"
@@ -192,6 +192,7 @@ def haproxy_files(scratch: Path) -> dict[str, str]:
     folder = scratch / "ha"
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        SOCKETS_VARIABLE: str(folder / "s"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),

@@ -10,11 +10,13 @@ Invariants
 - This file is run by itself, before anything of raymill can be imported: it uses the standard library alone.
 """
 
+import glob
 import json
 import logging
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import NamedTuple
 
 _log = logging.getLogger(__name__)
 
+SOCKETS_VARIABLE = "RAYMILL_SOCKETS"
+"""As `runtime.home` has it."""
 CHECK_S = 10.0
 """How long HAProxy may take to look at a configuration."""
 WHOLE_S = 20
@@ -86,6 +90,29 @@ def changed(text: str) -> tuple[str, list[str]]:
     return text, left_out
 
 
+def by_sockets(text: str, folder: str) -> str:
+    """The configuration, replicas by the Unix socket on which they listen in that folder (`actors/local_socket.py`)."""
+
+    def place(server: re.Match[str]) -> str:
+        # Serve calls its own node by the loopback address, the file has the node's own: two are of hosts that share a
+        # folder.
+        found = glob.glob(f"{glob.escape(folder)}/*_{server[3]}.sock")
+        return f"{server[1]}unix@{found[0]}" if len(found) == 1 and _answers(found[0]) else server[0]
+
+    return re.sub(r"^( +server \S+ )(127\.0\.0\.1):(\d+)(?= )", place, text, flags=re.MULTILINE)
+
+
+def _answers(path: str) -> bool:
+    """Whether somebody listens: the file of a replica that was killed is still there."""
+    with socket.socket(socket.AF_UNIX) as tried:
+        tried.settimeout(1.0)
+        try:
+            tried.connect(path)
+        except OSError:
+            return False
+    return True
+
+
 def launcher(python: str, haproxy: str) -> str:
     """The launcher's text; `exec` keeps the process, which Serve knows by its id."""
     prepare = shlex.join([python, "-I", "-S", os.path.abspath(__file__), haproxy])
@@ -115,6 +142,8 @@ def prepare(haproxy: str, arguments: list[str]) -> str:
     path = Path(arguments[arguments.index("-f") + 1])
     text, left_out = changed(path.read_text())
     said = "".join(f"raymill: no place in Serve's configuration, left out: {why}\n" for why in left_out)
+    if folder := os.environ.get(SOCKETS_VARIABLE):
+        text = by_sockets(text, folder)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text)
     try:

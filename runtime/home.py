@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOME_VARIABLE = "RAYMILL_HOME"
+SOCKETS_VARIABLE = "RAYMILL_SOCKETS"
+"""Names the folder of the Unix sockets by which the proxy reaches replicas of its own host."""
 
 
 @dataclass(frozen=True, slots=True)

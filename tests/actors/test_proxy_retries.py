@@ -4,12 +4,15 @@ were sent to, what callers are told of the others, and what is open to other hos
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -236,3 +239,23 @@ def test_haproxy_starts_with_serves_own_file_if_ours_is_refused_or_has_no_place(
     monkeypatch.setattr(serve_proxy, "CHANGES", (broken._replace(pattern="^nowhere$"),))
     assert broken.why in serve_proxy.prepare(get_haproxy_binary(), ["-db", "-f", str(path)])
     assert path.read_text() == own and list(tmp_path.glob(".haproxy.cfg.*")) == []
+
+
+def test_replicas_are_asked_by_their_unix_sockets_where_these_answer(tmp_path):
+    folder = Path(tempfile.mkdtemp(prefix="rms"))
+    text = "".join(
+        f"    server {name} {place} check observe layer4\n"
+        for name, place in (
+            ("a", "127.0.0.1:3001"),
+            ("b", "127.0.0.1:3002"),
+            ("c", "127.0.0.1:3003"),
+            ("d", "10.0.0.9:3001"),
+        )
+    )
+    with socket.socket(socket.AF_UNIX) as listens, socket.socket(socket.AF_UNIX) as gone:
+        listens.bind(str(folder / "10.0.0.7_3001.sock"))
+        listens.listen()
+        gone.bind(str(folder / "10.0.0.7_3002.sock"))  # of a replica that was killed
+        found = serve_proxy.by_sockets(text, str(folder))
+    shutil.rmtree(folder)
+    assert found == text.replace("127.0.0.1:3001", f"unix@{folder}/10.0.0.7_3001.sock")

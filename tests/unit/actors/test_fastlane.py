@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import fastlane, http_head, selftest
+from raymill.actors import fastlane, http_head, local_socket, selftest
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
 from raymill.actors.lane import Ticket
+from raymill.actors.local_socket import LocalSocket
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import converse, masked, post
 from raymill.actors.serving import ServingReplica
@@ -403,3 +404,28 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(tmp_path):
             gc.enable()
 
     assert asyncio.run(test()) == 0
+
+
+def test_the_server_listens_on_a_unix_socket_too_and_ends_its_connections_with_the_others(tmp_path):
+    async def test():
+        found = await replica(tmp_path, LIVE, sink=ListSink())
+        async with served(found) as (port, server):
+            folder = tmp_path / "s"
+            names = dict(zip(local_socket._RANGE, (str(port), str(port)), strict=True))
+            beside = LocalSocket(found.fast, {local_socket.SOCKETS_VARIABLE: str(folder), **names})
+            await beside.open("10.0.0.7")
+            path = folder / f"10.0.0.7_{port}.sock"
+            assert oct(path.stat().st_mode & 0o777) == "0o600"
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            writer.write(post("/predict/taxi", rows("a"), last=False))
+            head = await reader.readuntil(b"\r\n\r\n")
+            plain = await ask(port, post("/predict/taxi", rows("a")))
+            body = await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+            assert plain.endswith(body)
+            assert len(server.server_state.connections) == 1
+            beside.close()
+            assert not path.exists()
+            server.should_exit = True
+            assert await reader.read() == b""
+
+    on_loop(test)

@@ -1,0 +1,75 @@
+"""The replica's server on a Unix socket, too, for a proxy on the same host: half of what TCP takes in the kernel.
+
+uvicorn is given its listening sockets by Serve and knows of no other, so the socket is opened here, with the protocol
+that uvicorn asks for each connection; such connections are uvicorn's own in all else, its shutdown included. What
+Serve's proxy is told to use is decided by its launcher (`cluster/serve_proxy.py`): where there is no such socket, TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from raymill.actors.fastlane import Fast
+from raymill.runtime.home import SOCKETS_VARIABLE
+
+_RANGE = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+_LOOK_S, _LOOKS = 0.05, 600
+
+
+class LocalSocket:
+    """Of one replica; used on the event loop of its server."""
+
+    def __init__(self, fast: Fast, environment: Mapping[str, str]) -> None:
+        self._fast, self._environment = fast, environment
+        self._server: asyncio.AbstractServer | None = None
+        self._path: Path | None = None
+
+    async def open(self, address: str) -> None:
+        """Open it, as soon as uvicorn listens; nothing, where no folder is named.
+
+        Args:
+            address: this node's, by which Serve's proxy knows the replica.
+        """
+        folder = self._environment.get(SOCKETS_VARIABLE)
+        if not folder or not all(name in self._environment for name in _RANGE):
+            return
+        for _ in range(_LOOKS):
+            if (found := self._listening()) is not None:
+                break
+            await asyncio.sleep(_LOOK_S)
+        else:
+            return
+        host, port = found
+        _, writer = await asyncio.open_connection("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
+        writer.close()  # all that is wanted is the protocol's arguments
+        while self._fast.arguments is None:
+            await asyncio.sleep(_LOOK_S)
+        arguments = self._fast.arguments
+        path = Path(folder, f"{address}_{port}.sock")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a replica that was killed
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: self._fast.protocol(**arguments), str(path), backlog=2048)
+        path.chmod(0o600)
+        self._path = path
+
+    def close(self) -> None:
+        """Take no further connections; those that are open are uvicorn's to end."""
+        if self._server is not None:
+            self._server.close()
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    def _listening(self) -> tuple[str, int] | None:
+        low, high = (int(self._environment[name]) for name in _RANGE)
+        for one in psutil.Process().net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and low <= one.laddr.port <= high:
+                return one.laddr.ip, one.laddr.port
+        return None
