@@ -69,7 +69,8 @@ class Pace:
     """For how long a batch may hold the event loop up: about what one turn of it takes with 100 busy callers."""
     _WEIGHT = 0.1
     _FORGET = 0.01
-    """By how much the quickest of a size is less believed with each batch after it."""
+    """By how much the quickest of a size is less believed after a second of batches: longer than another thread keeps
+    Python to itself, as one does that loads a model."""
     _MOST_S = 0.01
     """Up to here a batch counts in full, above it as four times what was known: a pause of the process is not its
     doing."""
@@ -95,7 +96,7 @@ class Pace:
         So of the wall's time the quickest of late counts.
         """
         size = rows.bit_length()
-        quickest = min(wall_s, self._quickest.get(size, wall_s) * (1 + self._FORGET))
+        quickest = min(wall_s, self._quickest.get(size, wall_s) * (1 + self._FORGET * wall_s))
         self._quickest[size] = quickest
         seconds = max(cpu_s, quickest)
         self._rows[size] = self._rows.get(size, rows) + self._WEIGHT * (rows - self._rows.get(size, rows))

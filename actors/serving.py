@@ -32,6 +32,7 @@ from raymill.actors import (
 )
 from raymill.actors.answering import Call, HttpCall, failure, finish
 from raymill.actors.asgi import Reply, Request
+from raymill.actors.batching import Pace
 from raymill.actors.door import Door
 from raymill.actors.endpoint import DEPLOYMENT
 from raymill.actors.fastlane import Fast
@@ -176,9 +177,12 @@ class ServingReplica:
 
     async def _apply(self, config: Mapping[str, Any]) -> None:
         async with self._changing:
+            before = self.models.models
             await asyncio.get_running_loop().run_in_executor(None, self.models.apply, config)
             for name, model in self.models.models.items():
-                self._lane(name, model.spec)
+                lane = self._lane(name, model.spec)
+                if name in before and before[name].programs != model.programs:
+                    lane.pace = Pace()  # what was learned is of other programs
             self._reporter.now()
 
     async def handle_http(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:

@@ -146,7 +146,7 @@ def serve_environment(ports: Ports) -> dict[str, str]:
         # Serve hides a replica from the proxy while its user_config changes: so long, and the proxy does not see it.
         "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "0.5",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(PROXY_BUFFER_BYTES),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "15",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HELD_S + 15),  # a proxy that was replaced goes on with who is held
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),  # 8500 would be shared by two sessions

@@ -217,3 +217,13 @@ def test_a_batch_that_waited_for_a_core_is_as_short_as_it_was():
     for n in range(50):
         pace.note(1, 0.0001, 0.0002 if n % 10 == 0 else 0.05)
     assert pace.is_short(1)
+
+
+def test_a_thread_that_keeps_python_to_itself_for_seconds_makes_no_batch_long():
+    pace = Pace()
+    for _ in range(10):
+        pace.note(4, 0.0001, 0.0002)
+    for _ in range(1000):  # five seconds, as while a model loads beside
+        pace.note(4, 0.0001, 0.005)
+    assert pace.is_short(4)
+    assert pace.rows_within(0.025) > 100
