@@ -14,12 +14,13 @@ WIDTH = 30
 
 
 def write(folder: Path) -> None:
-    """`model.ubj`, and as bodies `row.json`, `peer.json`, `row.grpc`, `rows64.json`, `rows64.bin`."""
+    """`model.ubj`, and as bodies `row.lines`, `peer.lines` (64 rows, each a body), `row.grpc`, `rows64.json`, `.bin`."""
     _train(folder / "model.ubj")
     x = np.round(np.random.default_rng(2).normal(size=(64, WIDTH)), 4).astype(np.float32)
     numbers = x.astype(float).round(4).tolist()
-    (folder / "row.json").write_bytes(orjson.dumps({"inputs": [_tensor(1, data=numbers[0])]}))
-    (folder / "peer.json").write_bytes(orjson.dumps({"data": numbers[0]}))
+    ours = [orjson.dumps({"inputs": [_tensor(1, data=row)]}) for row in numbers]
+    (folder / "row.lines").write_bytes(b"\n".join(ours))
+    (folder / "peer.lines").write_bytes(b"\n".join(orjson.dumps({"data": row}) for row in numbers))
     (folder / "rows64.json").write_bytes(orjson.dumps({"inputs": [_tensor(64, data=numbers)]}))
     request = ModelInferRequest(model_name="bench", raw_input_contents=[x[0].tobytes()])
     request.inputs.add(name="features", datatype="FP32", shape=[1, WIDTH])

@@ -57,10 +57,10 @@ def peer(name: str, folder: Path) -> Iterator[Up]:
         path = f"{server.parent}:{Path(__file__).parents[1] / 'actors'}"
         variables = {**variables, "PYTHONPATH": path, **_own_haproxy(mark)}
     environment = peer_environment(HOME=str(mark), RAY_TMPDIR=str(mark), RAY_USAGE_STATS_ENABLED="0", **variables)
-    url, row = f"http://127.0.0.1:{port}/{_PATH[kind]}", folder / "peer.json"
+    url, row = f"http://127.0.0.1:{port}/{_PATH[kind]}", folder / "peer.lines"
     try:
         with process(command, environment, mark):
-            wait_for(url, row.read_bytes(), mark)
+            wait_for(url, row.read_bytes().splitlines()[0], mark)
             yield Up(url, row, _answering(grpc_port, folder) if is_serve else "")
     finally:
         shutil.rmtree(mark, ignore_errors=True)
@@ -82,8 +82,8 @@ def endpoint(folder: Path, *, online: bool = False) -> Iterator[Up]:
         route = Route(version=1, digest=host.digests[0], role=Role.LIVE)
         models = [ModelSpec(name="bench", label="p", inputs=inputs, routes=(route,))]
         found.deploy([*models, *map(serving_online.spec, host.digests[1:])], Placement())
-        url, row = f"{found.url}/v2/models/bench/infer", folder / "row.json"
-        wait_for(url, row.read_bytes(), host.root)
+        url, row = f"{found.url}/v2/models/bench/infer", folder / "row.lines"
+        wait_for(url, row.read_bytes().splitlines()[0], host.root)
         yield Up(url, row, _answering(host.grpc_port, folder))
         state = httpx.get(f"{found.url}/raymill/replica").json()["fast_lane"]
         if not state["open"]:
