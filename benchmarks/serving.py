@@ -6,8 +6,9 @@ load (wrk, one thread). Ours is Serve as `raymill up` sets it up, asked through 
 measured. The parts, each measured alone by `--only PART`:
 
 - `rps`: a tensor of one row as JSON to `/v2/models/bench/infer`, another each time, by 1, 100 and 400 clients. The
-  peers get the same 30 numbers as JSON and answer the same number: mosec at its own port (dynamic batching, orjson), FastAPI on uvicorn (no
-  batching: one worker), Ray Serve as it comes (`@serve.batch`), and with HAProxy and throughput mode.
+  peers get the same 30 numbers as JSON and answer the same number: mosec at its own port (dynamic batching, orjson),
+  FastAPI on uvicorn (no batching: one worker), Ray Serve as it comes (`@serve.batch`), and with HAProxy and throughput
+  mode.
 - `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
 - `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
   thread (`in_process`).

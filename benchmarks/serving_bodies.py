@@ -14,7 +14,7 @@ WIDTH = 30
 
 
 def write(folder: Path) -> None:
-    """`model.ubj`, and as bodies `row.lines`, `peer.lines` (64 rows, each a body), `row.grpc`, `rows64.json`, `.bin`."""
+    """`model.ubj`; bodies: `row.lines`, `peer.lines` (64, of a row each), `row.grpc`, `rows64.json`, `rows64.bin`."""
     _train(folder / "model.ubj")
     x = np.round(np.random.default_rng(2).normal(size=(64, WIDTH)), 4).astype(np.float32)
     numbers = x.astype(float).round(4).tolist()
