@@ -31,11 +31,13 @@ DEPLOYMENT = "Replica"
 GRACE_S = 12.0
 """How long a replica that leaves may take in all, before it is killed: what it was asked is answered long before, but
 Serve alone keeps it for its shortest drain (2 s under `raymill up`), and the count must not end with that."""
+MOST_HELD = 4096
+"""Requests that are held while no replica runs."""
 HELD = {
-    "max_queued_requests": 4096,
+    "max_queued_requests": MOST_HELD,
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
 }
-"""While no replica runs: how many requests are held until one does, and what those beyond are told."""
+"""How many they are, and what those beyond are told."""
 APART_S = 1.0
 """Shortest time between two changes: Serve hides a replica from the proxy for a moment at each, which the proxy does
 not see if it is over when it next looks, 0.5 s after the first sign of a change."""
@@ -179,7 +181,8 @@ class Endpoint:
         deployment = {
             "name": DEPLOYMENT,
             **number(placement),
-            "max_ongoing_requests": 512,
+            # Who was held comes at once: what a replica refuses is sorted in again by the proxy, slowly.
+            "max_ongoing_requests": MOST_HELD,
             "max_surge_percent": 100,  # new code comes up beside the old, which then leaves
             "ray_actor_options": actor,
             "user_config": to_user_config(models),

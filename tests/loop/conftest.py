@@ -52,6 +52,11 @@ class Host:
         return done.stdout
 
 
+def last_document(printed: str) -> Any:
+    """The JSON object that a script printed last; Ray prints lines of the raylet's after it, as it likes."""
+    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory, kernels):
     """A host whose cluster is up for all tests of the session that ask for it."""

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.loop.conftest import PIPELINES, Host
+from tests.loop.conftest import PIPELINES, Host, last_document
 
 SHOP = str(PIPELINES / "drifting.py")
 
@@ -95,7 +95,7 @@ def test_drift_that_costs_nothing_starts_no_retrain(host: Host):
 
 
 def test_a_bad_candidate_never_goes_live_and_a_bad_canary_rolls_back_by_itself(host: Host):
-    told = json.loads(host.python(BAD_VERSIONS, SHIFT="none").splitlines()[-1])
+    told = last_document(host.python(BAD_VERSIONS, SHIFT="none"))
     assert told["shuffled"] == "rejected"
     assert told["canary"] == "rejected" and told["canary_answered"] > 0
     assert told["live_before"] == told["live_after"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loop.conftest import Host
+from tests.loop.conftest import Host, last_document
 
 NEEDED = ("pyarrow", "httpx", "pydantic")
 LOCK = Path(__file__).parents[2] / "requirements.lock"
@@ -43,7 +43,7 @@ def told(notebook: Path, served: dict, host: Host) -> dict:
         [notebook, "-c", NOTEBOOK], cwd=host.env["HOME"], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return last_document(done.stdout)
 
 
 NOTEBOOK = """

@@ -3,7 +3,6 @@
 Each worker node has a network namespace and a mount namespace with private /tmp, /dev/shm and RAYMILL_HOME.
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from raymill.cluster.providers import namespace
 from raymill.cluster.spec import DEFAULT_CONFIG
 from raymill.runtime.home import Home
 from raymill.runtime.ledger import Ledger
-from tests.loop.conftest import PIPELINES, Host
+from tests.loop.conftest import PIPELINES, Host, last_document
 
 pytestmark = [
     pytest.mark.root,
@@ -58,7 +57,7 @@ def ran(apart: Host) -> dict:
     apart.raymill("up", "--ports", "auto", "--config", str(toml))
     pipeline = str(PIPELINES / "second_host.py")
     summary = apart.document("run", pipeline, SHIFT="none", UNTIL="2020-02-20", EPOCHS="8")
-    return {"summary": summary, **json.loads(apart.python(WITNESSES).splitlines()[-1])}
+    return {"summary": summary, **last_document(apart.python(WITNESSES))}
 
 
 def test_the_loop_comes_to_its_end_with_no_request_failed_though_a_replica_was_killed(ran):

@@ -4,7 +4,6 @@ The second host is a worker node with network and mount namespaces of its own; t
 a password and moto's S3 server, both on the first host. Nothing else is shared.
 """
 
-import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ from raymill.cluster.providers import namespace
 from raymill.cluster.spec import DEFAULT_CONFIG
 from raymill.runtime.stores import REDIS_PASSWORD
 from tests.actors import s3_server
-from tests.loop.conftest import PIPELINES, Host
+from tests.loop.conftest import PIPELINES, Host, last_document
 from tests.unit.actors import redis_server
 
 pytestmark = [
@@ -54,7 +53,7 @@ def told(apart: Host, tmp_path_factory) -> dict:
         apart.raymill("up", "--ports", "auto", "--config", str(toml))
         places = {"LAKE": s3.url("shop"), "ONLINE": redis.url.replace("0.0.0.0", head), "RAY_AUTH_MODE": "token"}
         driver = Path(__file__).with_name("drive_two_hosts.py").read_text()
-        return json.loads(apart.python(driver, PIPELINE=PIPELINE, **places).splitlines()[-1])
+        return last_document(apart.python(driver, PIPELINE=PIPELINE, **places))
 
 
 def test_both_hosts_answer_the_same_bit_for_bit_and_as_folders_of_one_host_do(told, apart: Host):
