@@ -161,10 +161,10 @@ class Host:
             time.sleep(0.02)
 
     def kill_everything(self, process: subprocess.Popen[bytes]) -> int:
-        """SIGKILL to the driver and to all of its cluster; HAProxy is left orphaned. The number of processes."""
+        """SIGKILL to the driver and to all of its cluster; HAProxy (or its launcher) is left orphaned. The number of processes."""
         process.kill()
         killed = 0
-        while members := [p for p in self.members() if "/bin/haproxy" not in p.command]:
+        while members := [p for p in self.members() if "/haproxy" not in p.command]:
             for member in members:
                 with suppress(ProcessLookupError):
                     os.kill(member.pid, signal.SIGKILL)

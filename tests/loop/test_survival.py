@@ -57,7 +57,7 @@ def test_all_killed_in_mid_training_and_in_mid_replay_a_third_run_ends_as_if_not
     host.until_true(lambda: host.days_done() >= 3, "three replayed days")
     host.kill_everything(second)
     at_kill = host.progress()
-    assert not at_kill.finished and any("/bin/haproxy" in p.command for p in host.members())
+    assert not at_kill.finished and any("/haproxy" in p.command for p in host.members())
 
     summary = host.finish(host.start())
     assert summary["run"] == at_kill.run and len(list(host.home.runs.glob("*/loop.json"))) == 1
