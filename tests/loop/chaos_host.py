@@ -161,7 +161,7 @@ class Host:
             time.sleep(0.02)
 
     def kill_everything(self, process: subprocess.Popen[bytes]) -> int:
-        """SIGKILL to the driver and to all of its cluster; HAProxy (or its launcher) is left orphaned. The number of processes."""
+        """SIGKILL to the driver and to all of its cluster but HAProxy or its launcher. The number of processes."""
         process.kill()
         killed = 0
         while members := [p for p in self.members() if "/haproxy" not in p.command]:
