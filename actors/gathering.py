@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from raymill.actors import lane
 from raymill.actors.answering import HttpCall, failure
 from raymill.actors.asgi import Reply
 from raymill.actors.known_bodies import BodyForm, question_of
 from raymill.actors.lane import Ticket
-from raymill.actors.models import Answer
+from raymill.actors.models import Answer, Question
 
 Done = Callable[[Reply], None]
-Read = Callable[[HttpCall, Done], Ticket | None]
-"""A call by the ordinary way: what stands in line for it; None: it has its answer already."""
+Read = Callable[[HttpCall, Done], tuple[Question, lane.Done]]
+"""A call by the ordinary way: what is asked, and where the answer goes; it may raise."""
 
 
 class KnownTicket(Ticket):
@@ -58,7 +59,8 @@ def _as_one(group: list[KnownTicket], read: Read) -> list[Ticket]:
     x, certain = form.read([t.call.body for t in group])
     others: list[Ticket] = []
     if not certain.all():
-        others = [o for t, fine in zip(group, certain, strict=True) if not fine and (o := _ordinary(t, read))]
+        odd = [t for t, fine in zip(group, certain, strict=True) if not fine]
+        others = [found for ticket in odd if (found := _ordinary(ticket, read)) is not None]
         group, x = [t for t, fine in zip(group, certain, strict=True) if fine], x[certain]
         if not group:
             return others
@@ -67,7 +69,13 @@ def _as_one(group: list[KnownTicket], read: Read) -> list[Ticket]:
 
 
 def _ordinary(ticket: KnownTicket, read: Read) -> Ticket | None:
-    return read(ticket.call, lambda reply: None if ticket.left else ticket.reply(reply))
+    """The same caller, its body read; None: it has its answer."""
+    try:
+        question, answered = read(ticket.call, lambda reply: None if ticket.left else ticket.reply(reply))
+    except Exception as err:  # noqa: BLE001 - edge of the application
+        ticket.done(err)
+        return None
+    return Ticket(question, answered, ticket.since_s)
 
 
 def _spread(form: BodyForm, group: Sequence[KnownTicket], answer: Answer | Exception) -> None:

@@ -29,8 +29,20 @@ Observe = Callable[[str, str, pa.Table], bool]
 class LakeSink:
     """Ships segments to the lake of each model, after the monitor has seen them."""
 
-    def __init__(self, lake_of: Callable[[str], Lake], lock: Path, observe: Observe) -> None:
+    def __init__(
+        self, lake_of: Callable[[str], Lake], lock: Path, observe: Observe, *, vectors_are_new: bool = False
+    ) -> None:
+        """A sink.
+
+        Args:
+            lake_of: lake of a model.
+            lock: the file by which the replicas of a host take turns.
+            observe: shows rows to a monitor.
+            vectors_are_new: rows without a text, which came as ready vectors, have their ids from who answered them,
+                so that none can be there already; in a batch job the table may name them.
+        """
         self._lake_of = lake_of
+        self._vectors_are_new = vectors_are_new
         self._lock = lock
         self._observe = observe
 
@@ -49,7 +61,7 @@ class LakeSink:
             lake.append(TABLE, rows.slice(0, 0), batch_id="created", by="at")
         while not lake.has_batch(TABLE, segment):
             version = lake.version(TABLE)
-            fresh = _fresh(lake, version, rows)
+            fresh = self._fresh(lake, version, rows)
             lonely = self._show(segment, fresh, fresh.column("model").unique().to_pylist())
             try:
                 lake.append(TABLE, fresh, batch_id=segment, after=version, by="at")
@@ -58,37 +70,29 @@ class LakeSink:
             # A monitor that came meanwhile read the lake before this append.
             self._show(segment, fresh, lonely)
 
+    def _fresh(self, lake: Lake, version: int | None, rows: pa.Table) -> pa.Table:
+        """The rows that a version of the table does not have, each once."""
+        doubtful = pc.is_valid(rows.column("row" if self._vectors_are_new else "id"))
+        if not pc.any(doubtful).as_py():
+            return rows
+        names = _names(rows)
+        if pc.count_distinct(names).as_py() < rows.num_rows:
+            _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
+            first.sort()
+            rows, names, doubtful = (column.take(pa.array(first)) for column in (rows, names, doubtful))
+        moments = pc.min_max(rows.column("at").filter(doubtful)).as_py()
+        where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
+        there = lake.read(TABLE, version=version, columns=["model", "id", "role", "version"], where=where)
+        return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
+
     def _show(self, segment: str, rows: pa.Table, models: list[str]) -> list[str]:
         """Hand each model's monitor its rows; the models that have none."""
         return [m for m in models if not self._observe(m, segment, rows.filter(pc.equal(rows.column("model"), m)))]
-
-
-def _fresh(lake: Lake, version: int | None, rows: pa.Table) -> pa.Table:
-    """The rows that a version of the table does not have, each once.
-
-    Only a row with a text can be there: one that came as a ready vector was given its id by the replica that answered,
-    and its segment is appended once.
-    """
-    named = pc.is_valid(rows.column("row"))
-    if not pc.any(named).as_py():
-        return rows
-    names = _whole(pc.if_else(named, _names(rows), rows.column("id")))
-    if pc.count_distinct(names).as_py() < rows.num_rows:
-        _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
-        first.sort()
-        rows, names, named = rows.take(pa.array(first)), names.take(pa.array(first)), named.take(pa.array(first))
-    moments = pc.min_max(rows.column("at").filter(named)).as_py()
-    where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
-    there = lake.read(TABLE, version=version, columns=["model", "id", "role", "version"], where=where)
-    return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
 
 
 def _names(rows: pa.Table) -> pa.Array:
     """What must be unique in the table."""
     shadow = pc.equal(rows.column("role"), "shadow")
     version = pc.if_else(shadow, pc.cast(rows.column("version"), pa.string()), "")
-    return _whole(pc.binary_join_element_wise(rows.column("model"), rows.column("id"), version, "\x1f"))
-
-
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    joined = pc.binary_join_element_wise(rows.column("model"), rows.column("id"), version, "\x1f")
+    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined

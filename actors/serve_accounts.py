@@ -67,17 +67,11 @@ class ServeAccounts:
 
         Serve is told at the end of this turn of the event loop, of what was not answered in it.
         """
-        self._change += 1
-        if not self._settles:
-            self._settles = True
-            asyncio.get_running_loop().call_soon(self._settle)
+        self._changed(1)
 
     def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
         """It was answered so."""
-        self._change -= 1
-        if not self._settles:
-            self._settles = True
-            asyncio.get_running_loop().call_soon(self._settle)
+        self._changed(-1)
         self._seconds.setdefault(status, []).append(seconds)
         if not self._waits:
             self._waits = True
@@ -90,6 +84,12 @@ class ServeAccounts:
                     | {"request_id": request_id, "one_of": 1 if status >= 500 else LOGGED_ONE_OF}
                 )
             )
+
+    def _changed(self, by: int) -> None:
+        self._change += by
+        if not self._settles:
+            self._settles = True
+            asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
         change, self._change, self._settles = self._change, 0, False

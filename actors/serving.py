@@ -39,7 +39,7 @@ from raymill.actors.fastlane import Fast
 from raymill.actors.gathering import KnownTicket, gather
 from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lakes import Lakes
-from raymill.actors.lane import Lane, Ticket
+from raymill.actors.lane import Done, Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.local_socket import LocalSocket
 from raymill.actors.model_set import ModelSet
@@ -125,6 +125,7 @@ class ServingReplica:
         self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
         self._socket = LocalSocket(self.fast, os.environ)
+        self._opens: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Learn what was answered lately; begin to ship the log."""
@@ -215,13 +216,15 @@ class ServingReplica:
                 self.traces = surroundings.traces_of_serve()
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
-                self._opens = loop.create_task(self._open_socket())
+                if not self.fast.reason:
+                    self._opens = loop.create_task(self._open_socket())
                 if gauges := surroundings.gauges_of_serve():
                     self._metrics = ReplicaMetrics(self._load.reading, self.models.attempts.tallies, gauges)
                     self._metrics.start(loop)
                 await send({"type": "lifespan.startup.complete"})
             else:
-                self._opens.cancel()
+                if self._opens is not None:
+                    self._opens.cancel()
                 self._socket.close()
                 if self._metrics is not None:
                     self._metrics.stop()
@@ -269,23 +272,22 @@ class ServingReplica:
                 if form is not None:
                     return lane.stand(KnownTicket(call, form, done, time.monotonic()))
                 known.learn(call.body)
-            question, write = call.read(model, time.time_ns() // 1000)
-            model.check(question)
-            return lane.submit(question, partial(finish, write, done), call.timeout_s)
+            question, answered = self._read(call, done)
+            return lane.submit(question, answered, call.timeout_s)
         except Exception as err:  # noqa: BLE001 - edge of the application
             done(failure(err, call.model))
             return None
 
-    def _read(self, call: HttpCall, done: Callable[[Reply], None]) -> Ticket | None:
-        """What stands in line for a call, read the ordinary way; None: it has its answer."""
-        try:
-            model = self.models.named(call.model)
-            question, write = call.read(model, time.time_ns() // 1000)
-            model.check(question)
-        except Exception as err:  # noqa: BLE001 - edge of the application
-            done(failure(err, call.model))
-            return None
-        return Ticket(question, partial(finish, write, done), time.monotonic())
+    def _read(self, call: Call, done: Callable[[Reply], None]) -> tuple[Question, Done]:
+        """What is asked, the ordinary way, and where the answer goes.
+
+        Raises:
+            RaymillError: as `Call.read`, or no such model or version is served.
+        """
+        model = self.models.named(call.model)
+        question, write = call.read(model, time.time_ns() // 1000)
+        model.check(question)
+        return question, partial(finish, write, done)
 
     def _known_bodies(self, spec: ModelSpec) -> KnownBodies:
         known = self._known.get(spec.name)

@@ -35,7 +35,8 @@ class Shipper:
         self._home = Home(Path(home))
         self._lakes = Lakes(self._home, lambda *what, **narrowed: RemoteRecords().events(*what, **narrowed))
         self._stores: dict[str, Stores] = {}
-        self._sink = LakeSink(self._lake_of, self._home.spool / "sink.lock", surroundings.observe)
+        lock = self._home.spool / "sink.lock"
+        self._sink = LakeSink(self._lake_of, lock, surroundings.observe, vectors_are_new=True)
 
     def start(self) -> None:
         """Give way to who waits for an answer."""

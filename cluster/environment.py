@@ -32,8 +32,7 @@ DRAIN_S = 2
 PROXY_BUFFER_BYTES = 32768
 """The proxy's buffer: a request that fits it whole is sent to another replica when its own is killed.
 
-HAProxy copies the whole buffer for each request, however small that is: 64 KiB took a quarter of its time, 32 KiB a
-twentieth."""
+HAProxy copies the whole buffer for each request, however small that is."""
 RETRIED_BODY_BYTES = 16 * 1024
 """Body of a request that fits, whatever headers it has: 16 KiB are left for those and for the proxy's own use."""
 

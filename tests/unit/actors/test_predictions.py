@@ -333,7 +333,7 @@ def test_at_least_as_many_answers_are_remembered_as_stated_and_not_many_more(mon
 
 def test_answers_to_ready_vectors_are_shipped_without_a_look_at_those_before(tmp_path, monkeypatch):
     lake = Lake(tmp_path / "lake")
-    sink = LakeSink(lambda model: lake, tmp_path / "lock", lambda *segment: True)
+    sink = LakeSink(lambda model: lake, tmp_path / "lock", lambda *segment: True, vectors_are_new=True)
     looked = []
     monkeypatch.setattr(Lake, "read", lambda *what, read=Lake.read, **how: looked.append(what) or read(*what, **how))
     sink.ship("s1", batch("u", "v", text=None))
@@ -342,3 +342,15 @@ def test_answers_to_ready_vectors_are_shipped_without_a_look_at_those_before(tmp
     sink.ship("s3", pa.concat_tables([batch("a"), batch("x", text=None)]))
     assert len(looked) == 2
     assert sorted(lake.read("predictions").column("id").to_pylist()) == ["a", "u", "v", "w", "x"]
+
+
+def test_of_vectors_beside_named_rows_the_shadows_stay_and_a_jobs_own_names_are_written_once(tmp_path):
+    lake = Lake(tmp_path / "lake")
+    replicas = LakeSink(lambda model: lake, tmp_path / "lock", lambda *segment: True, vectors_are_new=True)
+    shadow = batch("u", text=None, version=2, role="shadow")
+    replicas.ship("s1", pa.concat_tables([batch("u", text=None), shadow, batch("a")]))
+    jobs = LakeSink(lambda model: lake, tmp_path / "lock", lambda *segment: True)
+    jobs.ship("batch-1-p", batch("v", text=None))
+    jobs.ship("batch-2-p", batch("v", "w", text=None))
+    found = sorted((r["id"], r["role"]) for r in lake.read("predictions").to_pylist())
+    assert found == [("a", "live"), ("u", "live"), ("u", "shadow"), ("v", "live"), ("w", "live")]
