@@ -7,7 +7,6 @@ mosec, FastAPI, Ray Serve as it comes, and Ray Serve with HAProxy and throughput
 from __future__ import annotations
 
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from benchmarks.serving_bodies import WIDTH
 from raymill.actors.endpoint import Placement
 from raymill.actors.rollout import ModelSpec, Role, Route
 from raymill.cluster.environment import haproxy_files, serve_environment
-from raymill.cluster.ports import choose
+from raymill.cluster.ports import choose, picker
 from raymill.runtime.home import Home
 
 PEERS = ("mosec", "fastapi", "serve_default", "serve_fast")
@@ -49,7 +48,7 @@ def peer(name: str, folder: Path) -> Iterator[Up]:
     """A peer's server, by its name in `PEERS`; it serves the model and gets the bodies of `folder`."""
     mark = Path(tempfile.mkdtemp(prefix="rmp"))
     kind, is_serve = name.split("_")[0], name.startswith("serve")
-    port, grpc_port = _free_port(), _free_port()
+    port, grpc_port = map(picker(), (1, 1))  # none that Ray's own processes take meanwhile
     server = harness.PEERS / kind / "server.py"
     command = [str(peer_python(kind)), str(server), str(port), str(folder / "model.ubj"), str(grpc_port)]
     variables = FAST_MODE if name == "serve_fast" else {}
@@ -101,12 +100,6 @@ def wait_for(url: str, body: bytes, mark: Path, *, seconds: float = 90) -> None:
             pass
         time.sleep(0.2)
     raise RuntimeError(f"{url} did not come up:\n{(mark / 'log.txt').read_text()[-2000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _answering(port: int, folder: Path) -> str:
