@@ -38,9 +38,10 @@ HELD = {
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
 }
 """How many they are, and what those beyond are told."""
-APART_S = 1.0
-"""Shortest time between two changes: Serve hides a replica from the proxy for a moment at each, which the proxy does
-not see if it is over when it next looks, 0.5 s after the first sign of a change."""
+APART_S = 2.0
+"""Shortest time between two changes: Serve hides a replica from the proxy for a tenth of a second at each. The proxy
+looks 0.5 s after the first sign of a change, when that is over, and then takes 0.6 s and more to follow; a change that
+came meanwhile it would see at any moment, and send requests to no replica until it has looked again."""
 _API = "/api/serve/applications/"
 _POLL_S = 0.05
 

@@ -78,14 +78,15 @@ class Lane:
         gather: Callable[[list[Ticket]], list[Ticket]] = lambda batch: batch,
         prepare: Prepare = lambda questions: questions,
         preparing: Executor | None = None,
+        loading: Executor | None = None,
     ) -> None:
-        """While the model is not in memory (`is_here`) callers wait, and it is brought back in another thread.
+        """While the model is not in memory (`is_here`) callers wait, and it is brought back on a thread of `loading`.
 
         `gather` brings tickets of a batch together: each that it gives has a question. `prepare` is the first stage,
         on the thread of `preparing`; `ask` the second, on that of `executor`.
         """
         self._ask, self._prepare = ask, prepare
-        self._executor, self._preparing = executor, preparing
+        self._executor, self._preparing, self._loading = executor, preparing, loading
         self._is_here, self._bring_back, self._gather = is_here, bring_back, gather
         self._meter = meter or LoadMeter()
         self.line: WaitingLine[Ticket] = WaitingLine(max_batch_rows=max_batch_rows, max_rows=max_rows)
@@ -227,7 +228,7 @@ class Lane:
 
     def _fetch(self) -> None:
         """Have the model brought back beside the traffic of others; whoever waits goes on waiting."""
-        coming = asyncio.get_running_loop().run_in_executor(None, self._bring_back)
+        coming = asyncio.get_running_loop().run_in_executor(self._loading, self._bring_back)
         coming.add_done_callback(self._fetched)
 
     def _fetched(self, coming: asyncio.Future[None]) -> None:

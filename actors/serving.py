@@ -108,6 +108,9 @@ class ServingReplica:
         self._load = LoadMeter()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._features = ThreadPoolExecutor(1, thread_name_prefix="features")
+        # A thread that is new waits for the system's loader before it first calls Ray, holding Python: so none is
+        # begun because the event loop's own are busy with a model whose libraries are being opened.
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._routes = Routes(
             self.models,
             Readings(self._records, self._lakes),
@@ -140,6 +143,7 @@ class ServingReplica:
             self._started = False
             self._reporter.stop()
             self.door.stop()
+            self._loading.shutdown(wait=False, cancel_futures=True)
             self._features.shutdown()
             self._thread.shutdown()
             self._log.stop()
@@ -179,7 +183,7 @@ class ServingReplica:
     async def _apply(self, config: Mapping[str, Any]) -> None:
         async with self._changing:
             before = self.models.models
-            await asyncio.get_running_loop().run_in_executor(None, self.models.apply, config)
+            await asyncio.get_running_loop().run_in_executor(self._loading, self.models.apply, config)
             for name, model in self.models.models.items():
                 lane = self._lane(name, model.spec)
                 if name in before and before[name].programs != model.programs:
@@ -319,6 +323,7 @@ class ServingReplica:
                 gather=partial(gather, read=self._read),
                 prepare=partial(self._prepare, name),
                 preparing=self._features,
+                loading=self._loading,
             )
         lane.line.max_batch_rows, lane.line.max_rows = spec.max_batch_rows, spec.max_queue_rows
         lane.target_s = spec.p99_ms / 1000
