@@ -136,23 +136,23 @@ def question_of(infer: Infer, pinned: int | None, now_us: int) -> Question:
     )
 
 
+def question_of_rows(rows: wire.Rows, pinned: int | None = None) -> Question:
+    """The question of a request with rows, whose features are to be looked up."""
+    return Question(
+        ids=rows.ids, at=rows.at, keys=rows.keys, texts=list(rows.texts), columns=rows.columns, pinned=pinned
+    )
+
+
 def _is_arrow(headers: Mapping[str, str]) -> bool:
     return headers.get("content-type", "").startswith(wire.ARROW_STREAM)
 
 
 def _read_rows(call: HttpCall, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
     rows = rows_of(call.body, call.headers, spec, now_us)
-    question = Question(
-        ids=rows.ids,
-        at=rows.at,
-        keys=rows.keys,
-        texts=list(rows.texts),
-        columns=rows.columns,
-        pinned=version_of(call.headers.get("x-raymill-version")),
-    )
+    question = question_of_rows(rows, version_of(call.headers.get("x-raymill-version")))
     accept = call.headers.get("accept", "")
     arrow = wire.ARROW_STREAM in accept or (_is_arrow(call.headers) and asgi.JSON not in accept)
-    return question, partial(_write_arrow if arrow else _write_json, spec)
+    return question, partial(_write_arrow if arrow else write_rows, spec)
 
 
 def _read_infer(call: HttpCall, spec: ModelSpec, now_us: int) -> tuple[Question, Write]:
@@ -162,7 +162,8 @@ def _read_infer(call: HttpCall, spec: ModelSpec, now_us: int) -> tuple[Question,
     return question, partial(_write_infer, spec, infer)
 
 
-def _write_json(spec: ModelSpec, answer: Answer) -> Reply:
+def write_rows(spec: ModelSpec, answer: Answer) -> Reply:
+    """The answer to rows, in JSON."""
     return Reply(200, wire.write_json(spec, answer.ids, answer.versions, answer.p))
 
 

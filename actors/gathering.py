@@ -1,7 +1,9 @@
-"""Callers in line whose bodies have a known form, brought together: one question for all of them, a row each.
+"""Callers in line whose bodies are read when their batch is made up, those of all of them together.
 
-Invariant: each of them gets what it would have got alone. What its form can not read goes the ordinary way, and a row
-that fails is that caller's error.
+Vectors in a known form become one question, a row each; rows whose features are looked up stay a question each.
+
+Invariant: each caller gets what it would have got alone. What can not be read together goes the ordinary way, and a
+row that fails is that caller's error.
 """
 
 from __future__ import annotations
@@ -10,48 +12,100 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from raymill.actors import lane
-from raymill.actors.answering import HttpCall, failure
+from raymill.actors.answering import HttpCall, failure, finish, question_of_rows, write_rows
 from raymill.actors.asgi import Reply
 from raymill.actors.known_bodies import BodyForm, question_of
 from raymill.actors.lane import Ticket
 from raymill.actors.models import Answer, Question
+from raymill.actors.rollout import ModelSpec
+from raymill.actors.row_bodies import read_together
 
 Done = Callable[[Reply], None]
 Read = Callable[[HttpCall, Done], tuple[Question, lane.Done]]
 """A call by the ordinary way: what is asked, and where the answer goes; it may raise."""
 
 
-class KnownTicket(Ticket):
-    """A call in line that is not read yet, for its body has a known form."""
+class UnreadTicket(Ticket):
+    """A call of one row in line that is not read yet."""
 
-    __slots__ = ("call", "form", "reply")
+    __slots__ = ("call", "reply")
 
-    def __init__(self, call: HttpCall, form: BodyForm, reply: Done, since_s: float) -> None:
+    def __init__(self, call: HttpCall, reply: Done, since_s: float) -> None:
         self.question, self.rows, self.left = None, 1, False  # as `Ticket`'s own, but for `done`, which would hold it
         self.since_s, self.expires_s = since_s, math.inf
-        self.call, self.form, self.reply = call, form, reply
+        self.call, self.reply = call, reply
 
     def done(self, answer: Answer | Exception) -> None:
-        """Tell the caller of an error; its answer comes by its group."""
+        """Tell the caller of an error; its answer comes by another ticket."""
         assert isinstance(answer, Exception)
         self.reply(failure(answer, self.call.model))
 
 
+class KnownTicket(UnreadTicket):
+    """One whose body has a known form."""
+
+    __slots__ = ("form",)
+
+    def __init__(self, call: HttpCall, form: BodyForm, reply: Done, since_s: float) -> None:
+        super().__init__(call, reply, since_s)
+        self.form = form
+
+
+class RowTicket(UnreadTicket):
+    """One whose body is a row in JSON, for a model of that form."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, call: HttpCall, spec: ModelSpec, reply: Done, since_s: float) -> None:
+        super().__init__(call, reply, since_s)
+        self.spec = spec
+
+
 def gather(batch: Iterable[Ticket], read: Read) -> list[Ticket]:
-    """The batch, tickets of one known form as one, in the order of the first of each."""
-    groups: dict[int, list[KnownTicket]] = {}
-    found: list[Ticket | list[KnownTicket]] = []
+    """The batch, tickets that are read together one after the other, in the order of the first of each."""
+    groups: dict[int, list[Any]] = {}
+    found: list[Ticket | list[Any]] = []
     for ticket in batch:
-        if not isinstance(ticket, KnownTicket):
+        if isinstance(ticket, KnownTicket):
+            kind = id(ticket.form)
+        elif isinstance(ticket, RowTicket):
+            kind = id(ticket.spec)
+        else:
             found.append(ticket)
-        elif (group := groups.get(id(ticket.form))) is not None:
+            continue
+        if (group := groups.get(kind)) is not None:
             group.append(ticket)
         else:
-            groups[id(ticket.form)] = group = [ticket]
+            groups[kind] = group = [ticket]
             found.append(group)
-    return [t for one in found for t in (_as_one(one, read) if isinstance(one, list) else [one])]
+    return [t for one in found for t in (_read_group(one, read) if isinstance(one, list) else [one])]
+
+
+def _read_group(group: list[Any], read: Read) -> list[Ticket]:
+    return _as_one(group, read) if isinstance(group[0], KnownTicket) else _each(group, read)
+
+
+def _each(group: list[RowTicket], read: Read) -> list[Ticket]:
+    """Rows of one model."""
+    spec = group[0].spec
+    rows = read_together([t.call.body for t in group], spec, time.time_ns() // 1000)
+    found = []
+    for ticket, row in zip(group, rows, strict=True):
+        if row is None:
+            one = _ordinary(ticket, read)
+        else:
+            answered = partial(finish, partial(write_rows, spec), _unless_left(ticket))
+            one = Ticket(question_of_rows(row), answered, ticket.since_s)
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def _unless_left(ticket: UnreadTicket) -> Done:
+    return lambda reply: None if ticket.left else ticket.reply(reply)
 
 
 def _as_one(group: list[KnownTicket], read: Read) -> list[Ticket]:
@@ -68,10 +122,10 @@ def _as_one(group: list[KnownTicket], read: Read) -> list[Ticket]:
     return [Ticket(question, partial(_spread, form, group), group[0].since_s), *others]
 
 
-def _ordinary(ticket: KnownTicket, read: Read) -> Ticket | None:
+def _ordinary(ticket: UnreadTicket, read: Read) -> Ticket | None:
     """The same caller, its body read; None: it has its answer."""
     try:
-        question, answered = read(ticket.call, lambda reply: None if ticket.left else ticket.reply(reply))
+        question, answered = read(ticket.call, _unless_left(ticket))
     except Exception as err:  # noqa: BLE001 - edge of the application
         ticket.done(err)
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import httptools
 
-from raymill.actors.wire import MAX_BODY_BYTES
+from raymill.actors.wire import ARROW_STREAM, MAX_BODY_BYTES
 
 _BEGINNINGS = (b"POST /predict/", b"POST /v2/models/")
 END = b"\r\n\r\n"
@@ -31,7 +31,7 @@ _ODD = frozenset(
     }
 )
 _ASKING = frozenset({"inference-header-content-length", "x-raymill-version", "timeout"})
-"""Headers that say something of what is asked of `/v2/models/…/infer`."""
+"""Headers that say something of what is asked."""
 _LONGEST_ID = 128
 
 
@@ -87,7 +87,8 @@ def read_head(block: bytes) -> Head | None:
         return None
     model, infer, version = route
     path = f"/v2/models/{model}/infer" if infer else f"/predict/{model}"
-    bare = infer and version is None and not _ASKING & headers.keys()
+    arrow = not infer and any(ARROW_STREAM in headers.get(name, "") for name in ("content-type", "accept"))
+    bare = version is None and not arrow and not _ASKING & headers.keys()
     return Head(model, infer, version, headers, int(length), found.keep_alive, request_id, path, bare)
 
 

@@ -36,7 +36,7 @@ from raymill.actors.batching import Pace
 from raymill.actors.door import Door
 from raymill.actors.endpoint import DEPLOYMENT
 from raymill.actors.fastlane import Fast
-from raymill.actors.gathering import KnownTicket, gather
+from raymill.actors.gathering import KnownTicket, RowTicket, gather
 from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Done, Lane, Ticket
@@ -50,6 +50,7 @@ from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec, from_user_config
 from raymill.actors.rollout_watch import Reporter
 from raymill.actors.routes import Routes
+from raymill.actors.row_bodies import is_one_row
 from raymill.actors.shipper import Outside
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy
@@ -271,11 +272,9 @@ class ServingReplica:
             lane = self._lanes.get(call.model) or self._lane(call.model, model.spec)
             lane.admit()  # before its body is read: whatever is spent on who is refused, others wait for
             if isinstance(call, HttpCall) and call.bare and model.ready:
-                known = self._known_bodies(model.spec)
-                form = known.find(call.body)
-                if form is not None:
-                    return lane.stand(KnownTicket(call, form, done, time.monotonic()))
-                known.learn(call.body)
+                ticket = self._unread(call, done, model.spec)
+                if ticket is not None:
+                    return lane.stand(ticket)
             question, answered = self._read(call, done)
             return lane.submit(question, answered, call.timeout_s)
         except Exception as err:  # noqa: BLE001 - edge of the application
@@ -292,6 +291,17 @@ class ServingReplica:
         question, write = call.read(model, time.time_ns() // 1000)
         model.check(question)
         return question, partial(finish, write, done)
+
+    def _unread(self, call: HttpCall, done: Callable[[Reply], None], spec: ModelSpec) -> Ticket | None:
+        """The ticket of a call that can be read with others; None: it is read at once."""
+        if not call.infer:
+            return RowTicket(call, spec, done, time.monotonic()) if is_one_row(call.body) else None
+        known = self._known_bodies(spec)
+        form = known.find(call.body)
+        if form is not None:
+            return KnownTicket(call, form, done, time.monotonic())
+        known.learn(call.body)
+        return None
 
     def _known_bodies(self, spec: ModelSpec) -> KnownBodies:
         known = self._known.get(spec.name)

@@ -69,6 +69,20 @@ def read_json(body: bytes, model: ModelSpec, now_us: int) -> Rows:
         ContractError: a column is missing, strange or of another type.
         TooLarge: more than `MAX_REQUEST_ROWS` rows.
     """
+    rows, at = objects_of(body)
+    _check_count(len(rows))
+    if set(map(type, rows)) != {dict}:
+        raise RequestError("every row of 'rows' must be an object {column: value, …}")
+    moments = [row.get("at") for row in rows]
+    return rows_of_objects(rows, [at] * len(rows) if set(map(type, moments)) == {_NONE} else moments, model, now_us)
+
+
+def objects_of(body: bytes) -> tuple[list[Any], Any]:
+    """The list `rows` of a body, whatever it holds, and its `at`.
+
+    Raises:
+        RequestError: the body is not such a document.
+    """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as err:
@@ -78,16 +92,19 @@ def read_json(body: bytes, model: ModelSpec, now_us: int) -> Rows:
     strange = sorted(document.keys() - {"rows", "at"})
     if strange:
         raise RequestError(f"the body has {strange} beside 'rows' and 'at': put them into the rows, or leave them out")
-    rows = document["rows"]
-    _check_count(len(rows))
-    if set(map(type, rows)) != {dict}:
-        raise RequestError("every row of 'rows' must be an object {column: value, …}")
+    return document["rows"], document.get("at")
+
+
+def rows_of_objects(rows: list[dict[str, Any]], moments: list[Any], model: ModelSpec, now_us: int) -> Rows:
+    """Rows of JSON objects, each with its moment (None: now).
+
+    Raises:
+        RequestError, ContractError: as `read_json`.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
     raw = {name: [row.get(name) for row in rows] for name in names}
+    raw.pop("at", None)
     ids = _checked_ids(raw.pop("id", None), len(rows))
-    moments = raw.pop("at", None)
-    if moments is None or set(map(type, moments)) == {_NONE}:
-        moments = [document.get("at")] * len(rows)
     _check_names(raw, model)
     typed = {name: _from_values(name, values, model.columns[name]) for name, values in raw.items()}
     return _rows(ids, _moments(moments, now_us), typed, model, [orjson.dumps(row) for row in rows])
