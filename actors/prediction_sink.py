@@ -53,8 +53,7 @@ class LakeSink:
             for model in rows.column("model").unique().to_pylist():
                 lakes.setdefault(self._lake_of(model), []).append(model)
             for lake, models in lakes.items():
-                theirs = pc.is_in(rows.column("model"), value_set=pa.array(models))
-                self._append(lake, segment, rows.filter(theirs))
+                self._append(lake, segment, _of(models, rows) if len(lakes) > 1 else rows)
 
     def _append(self, lake: Lake, segment: str, rows: pa.Table) -> None:
         if lake.version(TABLE) is None:
@@ -87,7 +86,12 @@ class LakeSink:
 
     def _show(self, segment: str, rows: pa.Table, models: list[str]) -> list[str]:
         """Hand each model's monitor its rows; the models that have none."""
-        return [m for m in models if not self._observe(m, segment, rows.filter(pc.equal(rows.column("model"), m)))]
+        alone = len(models) == 1 and bool(pc.all(pc.equal(rows.column("model"), models[0])).as_py())
+        return [m for m in models if not self._observe(m, segment, rows if alone else _of([m], rows))]
+
+
+def _of(models: list[str], rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.is_in(rows.column("model"), value_set=pa.array(models)))
 
 
 def _names(rows: pa.Table) -> pa.Array:

@@ -32,6 +32,8 @@ from raymill.runtime.ids import new_ids
 _log = logging.getLogger(__name__)
 
 SHIP_ROWS = 20_000  # few and large appends: one costs about 30 ms whatever its size
+SHIP_APART_S = 1.0  # nor more than one a second, up to
+SHIP_AT_ONCE_ROWS = 250_000  # 50 MB or so, as Arrow
 SHIP_AFTER_S = 5.0
 KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying: a retry finds its answer though it was shipped
 REMEMBERED = 131_072  # answers a replica remembers per model, about 30 s of full load
@@ -155,7 +157,7 @@ class PredictionLog:
         look_at = 0.0
         while not self._ends.wait(_TICK_S):
             segment, now = self._segment, time.monotonic()
-            full = segment and (segment.rows >= SHIP_ROWS or now - segment.since >= SHIP_AFTER_S)
+            full = segment and _is_full(segment.rows, now - segment.since)
             if not full and now < look_at:
                 continue
             try:
@@ -220,6 +222,11 @@ class PredictionLog:
         rows = read_segment(path)
         self._sink.ship(segment, rows)
         return rows.num_rows
+
+
+def _is_full(rows: int, age_s: float) -> bool:
+    """Whether a segment is to be shipped."""
+    return age_s >= SHIP_AFTER_S or (age_s >= SHIP_APART_S and rows >= SHIP_ROWS) or rows >= SHIP_AT_ONCE_ROWS
 
 
 class _Recent:

@@ -137,6 +137,14 @@ def test_the_log_ships_by_itself(tmp_path, monkeypatch):
     log.stop()
 
 
+@pytest.mark.parametrize(
+    ("rows", "age_s", "full"),
+    [(1, 4.9, False), (1, 5, True), (20_000, 0.9, False), (20_000, 1, True), (249_999, 0, False), (250_000, 0, True)],
+)
+def test_a_segment_is_shipped_when_it_is_old_or_large_but_large_ones_not_more_than_one_a_second(rows, age_s, full):
+    assert predictions._is_full(rows, age_s) == full
+
+
 def test_a_torn_tail_hides_nothing_before_it(tmp_path, log):
     log.record(scored("a"), [])
     log.record(scored("b"), [])
@@ -208,6 +216,11 @@ def test_the_sink_writes_an_id_once_whoever_sends_it_and_shows_the_monitor_the_s
         ("taxi", "s1", 2),
         ("taxi", "s2", 3),
         ("other", "s3", 1),
+    ]
+    sink.ship("s4", pa.concat_tables([batch("d"), batch("e", "f", model="other")]))
+    assert sorted((model, t.column("id").to_pylist()) for model, _, t in seen[3:]) == [
+        ("other", ["e", "f"]),
+        ("taxi", ["d"]),
     ]
 
 
