@@ -59,7 +59,7 @@ def told(rows, body):
 
 
 @given(st.lists(ANY_BODIES, min_size=1, max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_is_read_together_is_what_each_says_alone(bodies):
     for body, rows in zip(bodies, read_together(bodies, SPEC, NOW), strict=True):
         try:
@@ -73,7 +73,7 @@ def test_what_is_read_together_is_what_each_says_alone(bodies):
 
 
 @given(st.lists(GOOD_BODIES, min_size=1, max_size=12))
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_callers_who_send_good_rows_are_all_read_together(bodies):
     fine = []
     for body in bodies:
@@ -109,7 +109,7 @@ async def ask(found, bodies, bare):
 
 
 @given(st.lists(ANY_BODIES.filter(is_one_row), min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_both_ways_answer_alike_whoever_else_is_in_the_batch(tmp_path_factory, bodies):
     async def test():
         found = await replica(tmp_path_factory.mktemp("rows"), SPEC)

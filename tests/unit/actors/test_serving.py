@@ -1,6 +1,7 @@
 """The replica as an ASGI application in this process: routes, versions, batches, errors; no Ray."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -169,6 +170,19 @@ def test_a_replica_whose_only_version_is_broken_says_so(run):
     answer, ready = run(test, LIVE, records=Records(1))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert (ready.status_code, ready.json()) == (400, {"ready": False})
+
+
+def test_models_load_on_a_thread_of_their_own(run):
+    threads = []
+
+    async def test(found, client):
+        apply = found.models.apply
+        found.models.apply = lambda config: threads.append(threading.current_thread().name) or apply(config)
+        await found.reconfigure(to_user_config([model((2, "live", 1.0))]))
+        return await client.post("/predict/taxi", json={"rows": [ROW]})
+
+    assert run(test, model((1, "live", 1.0))).json()["version"] == 2
+    assert threads == ["loading_0"]
 
 
 def ten_times(x):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from raymill.actors.endpoint import APART_S
 from raymill.cluster.environment import (
     autoscaling_document,
     client_environment,
@@ -135,3 +136,9 @@ def test_kernels_are_compiled_anew_when_any_source_with_kernels_changes(tmp_path
     (tmp_path / "b.py").write_text("from numba import njit  # changed")
     assert kernels_version(tmp_path) != before
     assert kernels_version() != kernels_version(tmp_path)
+
+
+def test_changes_of_what_is_served_keep_apart_until_the_proxy_has_followed():
+    """0.5 s for which Serve waits after it has started HAProxy anew, and as long again for all else of it."""
+    waits_s = float(serve_environment(PORTS)["RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S"])
+    assert waits_s + 1.0 <= APART_S
