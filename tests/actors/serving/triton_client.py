@@ -1,4 +1,4 @@
-"""What a user of tritonclient does, HTTP and gRPC alike; run by `test_serving.py` in an environment of its own."""
+"""What a user of tritonclient does, HTTP and gRPC alike; run by `test_answers.py` in an environment of its own."""
 
 import json
 import sys

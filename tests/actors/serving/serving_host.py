@@ -1,4 +1,4 @@
-"""A Ray cluster with dashboard, token and Serve's proxy in a process of its own, for `test_serving.py`.
+"""A Ray cluster with dashboard, token and Serve's proxy in a process of its own, for the tests beside it.
 
 Run with a home folder; prints one JSON line when it is up. Each line of its standard input is a call of the actor
 `records`, `[method, arguments, named arguments]` in JSON, answered by a line; it ends when that closes.
