@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,59 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scenario(home):
+def scenario(home, tmp_path_factory):
+    """What became of the nodes; and what was asked for beside it, since most of it is waiting."""
     lifecycle.up(home, config(), ports="auto")
-    return drive([str(Path(__file__).with_name("drive_cluster.py"))], home)
+    with ThreadPoolExecutor() as beside:
+        submitted = beside.submit(submit_job, home)
+        plain = beside.submit(attach_to_plain, tmp_path_factory.mktemp("plain"))
+        told = drive([str(Path(__file__).with_name("drive_cluster.py"))], home)
+    return {**told, "submitted": submitted, "plain": plain}
+
+
+def submit_job(home):
+    """The output of a job of this cluster."""
+    known = session.load(home)
+    code = "import shutil; from raymill.cluster.attach import current as c; print(shutil.which('raymill'), c().managed)"
+    ray = Path(sys.executable).with_name("ray")
+    submitted = subprocess.run(
+        [ray, "job", "submit", "--address", known.dashboard_url, "--", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        timeout=120,
+    )
+    return submitted.stdout + submitted.stderr
+
+
+ATTACH = """
+import json, os, sys
+os.environ.pop("RAY_AUTH_MODE")
+from raymill.cluster.attach import attach, current
+found = attach(sys.argv[1])
+assert current(sys.argv[1]) == found
+print(json.dumps({**found.document(), "token": len(found.token), "environment": found.environment()}))
+"""
+
+
+def attach_to_plain(folder):
+    """Start a cluster without us, attach to it: what was found, and its two ports."""
+    plain = {**os.environ, "RAY_AUTH_MODE": "token", processes.SESSION_MARK: str(folder)}
+    plain.pop("RAYMILL_HOME", None)
+    port, dashboard = ports.picker()(1), ports.picker()(1)
+    scratch = f"/tmp/raymill-test-{os.getpid()}"
+    command = ["-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--temp-dir={scratch}"]
+    command += [f"--dashboard-port={dashboard}", "--num-cpus=1", "--object-store-memory=100000000"]
+    try:
+        subprocess.run([sys.executable, *command], env=plain, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", ATTACH, f"127.0.0.1:{port}"], env=plain, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        processes.end(processes.marked(processes.SESSION_MARK, str(folder)))
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), port, dashboard
 
 
 def test_a_placement_group_with_a_spot_label_gets_a_spot_node(scenario):
@@ -105,18 +156,18 @@ def test_the_token_is_readable_by_its_owner_only_and_the_dashboard_wants_it(scen
     assert said.stdout == "401"
 
 
-def test_a_submitted_job_finds_raymill_on_its_path_and_the_session_it_runs_in(scenario, home):
-    known = session.load(home)
-    code = "import shutil; from raymill.cluster.attach import current as c; print(shutil.which('raymill'), c().managed)"
-    ray = Path(sys.executable).with_name("ray")
-    submitted = subprocess.run(
-        [ray, "job", "submit", "--address", known.dashboard_url, "--", sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
-        timeout=120,
+def test_a_submitted_job_finds_raymill_on_its_path_and_the_session_it_runs_in(scenario):
+    said = scenario["submitted"].result()
+    assert f"{Path(sys.executable).with_name('raymill')} True" in said, said
+
+
+def test_a_plain_cluster_is_described_with_what_it_lacks(scenario):
+    told, port, dashboard = scenario["plain"].result()
+    assert (told["managed"], told["has_autoscaler"], told["ports"]) == (False, False, None)
+    assert (
+        told["dashboard_url"].endswith(f":{dashboard}") and told["address"].endswith(f":{port}") and told["token"] == 64
     )
-    assert f"{Path(sys.executable).with_name('raymill')} True" in submitted.stdout, submitted.stdout + submitted.stderr
+    assert told["root"] == str(Path.home() / ".raymill") and told["serve_url"] == "http://127.0.0.1:8000"
 
 
 def test_after_sigkill_of_everything_but_haproxy_up_works_again_on_the_same_ports(scenario, home):
@@ -156,40 +207,6 @@ def test_an_up_that_was_killed_half_way_leaves_nothing_that_down_does_not_find(h
     process.wait()
     assert session.load(half).state == "starting" and not session.load(half).is_alive
     assert lifecycle.down(half) > 0 and left(half) == [] and session.load(half) is None
-
-
-ATTACH = """
-import json, os, sys
-os.environ.pop("RAY_AUTH_MODE")
-from raymill.cluster.attach import attach, current
-found = attach(sys.argv[1])
-assert current(sys.argv[1]) == found
-print(json.dumps({**found.document(), "token": len(found.token), "environment": found.environment()}))
-"""
-
-
-def test_a_plain_cluster_is_described_with_what_it_lacks(home, tmp_path):
-    plain = {**os.environ, "RAY_AUTH_MODE": "token", processes.SESSION_MARK: str(tmp_path)}
-    plain.pop("RAYMILL_HOME", None)
-    port, dashboard = ports.picker()(1), ports.picker()(1)
-    scratch = f"/tmp/raymill-test-{os.getpid()}"
-    command = ["-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--temp-dir={scratch}"]
-    command += [f"--dashboard-port={dashboard}", "--num-cpus=1", "--object-store-memory=100000000"]
-    try:
-        subprocess.run([sys.executable, *command], env=plain, check=True, capture_output=True, timeout=120)
-        done = subprocess.run(
-            [sys.executable, "-c", ATTACH, f"127.0.0.1:{port}"], env=plain, capture_output=True, text=True, timeout=120
-        )
-    finally:
-        processes.end(processes.marked(processes.SESSION_MARK, str(tmp_path)))
-        shutil.rmtree(scratch, ignore_errors=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["managed"], told["has_autoscaler"], told["ports"]) == (False, False, None)
-    assert (
-        told["dashboard_url"].endswith(f":{dashboard}") and told["address"].endswith(f":{port}") and told["token"] == 64
-    )
-    assert told["root"] == str(Path.home() / ".raymill") and told["serve_url"] == "http://127.0.0.1:8000"
 
 
 PROBE = """
