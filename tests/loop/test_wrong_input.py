@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -53,6 +55,13 @@ def refused(host: Host, *words: str, code: int, **env: str) -> dict:
     return told
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Runs verbs whose order is all the same two at a time, ahead of the tests of what they said."""
+    with ThreadPoolExecutor(2) as made:
+        yield made
+
+
 WRONG_FILES = {
     "syntax": ("pipeline = Pipeline(", "SyntaxError"),
     "nothing in it": ("x = 1", "exactly one Pipeline"),
@@ -69,11 +78,20 @@ def test_the_file_that_the_others_spoil_is_right(bare: Host, tmp_path: Path):
     assert bare.document("plan", str(tmp_path / "mine.py"))["pipeline"] == "small"
 
 
+@pytest.fixture(scope="module")
+def wrong_plans(bare: Host, pool: ThreadPoolExecutor, tmp_path_factory) -> dict[str, Future[dict]]:
+    """What `plan` says of each wrong file."""
+    found = {}
+    for what, (text, _) in WRONG_FILES.items():
+        file = tmp_path_factory.mktemp("wrong") / "mine.py"
+        file.write_text(text)
+        found[what] = pool.submit(refused, bare, "plan", str(file), code=2)
+    return found
+
+
 @pytest.mark.parametrize("what", WRONG_FILES)
-def test_a_wrong_pipeline_file_is_refused_with_its_fault_named(bare: Host, tmp_path: Path, what: str):
-    text, named = WRONG_FILES[what]
-    (tmp_path / "mine.py").write_text(text)
-    told = refused(bare, "plan", str(tmp_path / "mine.py"), code=2)
+def test_a_wrong_pipeline_file_is_refused_with_its_fault_named(wrong_plans: dict[str, Future[dict]], what: str):
+    told, (_, named) = wrong_plans[what].result(), WRONG_FILES[what]
     assert told["code"] == "spec_error" and named in told["error"] and "mine.py" in told["error"]
 
 
@@ -121,13 +139,27 @@ def test_a_wrong_cluster_file_is_refused_with_the_field_named(bare: Host, tmp_pa
     assert "none.toml" in refused(bare, "plan", SHOP, "--cluster", str(tmp_path / "none.toml"), code=2)["error"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("models",), ("drift",), ("cost",), ("lineage", "--prediction", "x"), ("report",), ("promote", "m", "1")],
-    ids=lambda words: words[0],
-)
-def test_a_home_on_which_nothing_ran_says_what_to_do_first(bare: Host, words: tuple[str, ...]):
-    told = refused(bare, *words, code=1)
+NOTHING_RAN = {
+    "models": ["models"],
+    "drift": ["drift"],
+    "cost": ["cost"],
+    "lineage": ["lineage", "--prediction", "x"],
+    "report": ["report"],
+    "promote": ["promote", "m", "1"],
+}
+UNREADABLE = ["{", "7", "[1]", "@/none.json"]
+
+
+@pytest.fixture(scope="module")
+def on_a_bare_host(bare: Host, pool: ThreadPoolExecutor) -> dict[str, Future[dict]]:
+    """What the verbs say there, and `predict` of rows that it can not read."""
+    found = {verb: pool.submit(refused, bare, *words, code=1) for verb, words in NOTHING_RAN.items()}
+    return found | {rows: pool.submit(refused, bare, "predict", "m", rows, code=2) for rows in UNREADABLE}
+
+
+@pytest.mark.parametrize("verb", NOTHING_RAN)
+def test_a_home_on_which_nothing_ran_says_what_to_do_first(on_a_bare_host: dict[str, Future[dict]], verb: str):
+    told = on_a_bare_host[verb].result()
     assert told["code"] == "unavailable" and "raymill " in told["error"]
 
 
@@ -139,9 +171,9 @@ def test_a_dead_endpoint_is_one_error(bare: Host):
     assert told["code"] == "unavailable" and url in told["error"]
 
 
-@pytest.mark.parametrize("rows", ["{", "7", "[1]", "@/none.json"])
-def test_rows_that_can_not_be_read_are_refused_before_they_are_sent(bare: Host, rows: str):
-    assert refused(bare, "predict", "m", rows, code=2)["code"] == "request_error"
+@pytest.mark.parametrize("rows", UNREADABLE)
+def test_rows_that_can_not_be_read_are_refused_before_they_are_sent(on_a_bare_host: dict[str, Future[dict]], rows: str):
+    assert on_a_bare_host[rows].result()["code"] == "request_error"
 
 
 def body(**changes: object) -> str:
@@ -219,10 +251,17 @@ REFUSED_WORDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def on_a_running_cluster(host: Host, url: str, pool: ThreadPoolExecutor) -> dict[str, Future[dict]]:
+    """What the verbs say of what is not there."""
+    return {what: pool.submit(refused, host, *words, code=code) for what, (words, code, _) in REFUSED_WORDS.items()}
+
+
 @pytest.mark.parametrize("what", REFUSED_WORDS)
-def test_what_is_not_there_is_one_document_on_a_running_cluster_too(host: Host, url: str, what: str):
-    words, code, name = REFUSED_WORDS[what]
-    assert refused(host, *words, code=code)["code"] == name
+def test_what_is_not_there_is_one_document_on_a_running_cluster_too(
+    on_a_running_cluster: dict[str, Future[dict]], what: str
+):
+    assert on_a_running_cluster[what].result()["code"] == REFUSED_WORDS[what][2]
 
 
 def test_a_run_of_a_pipeline_that_another_process_runs_is_a_conflict(host: Host, served: dict):
