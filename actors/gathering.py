@@ -31,12 +31,13 @@ Read = Callable[[HttpCall, Done], tuple[Question, lane.Done]]
 class UnreadTicket(Ticket):
     """A call of one row in line that is not read yet."""
 
-    __slots__ = ("call", "reply")
+    __slots__ = ("alike", "call", "reply")
 
-    def __init__(self, call: HttpCall, reply: Done, since_s: float) -> None:
+    def __init__(self, call: HttpCall, alike: Any, reply: Done, since_s: float) -> None:
+        """Those of which `alike` is the same object are read together."""
         self.question, self.rows, self.left = None, 1, False  # as `Ticket`'s own, but for `done`, which would hold it
         self.since_s, self.expires_s = since_s, math.inf
-        self.call, self.reply = call, reply
+        self.call, self.alike, self.reply = call, alike, reply
 
     def done(self, answer: Answer | Exception) -> None:
         """Tell the caller of an error; its answer comes by another ticket."""
@@ -47,21 +48,15 @@ class UnreadTicket(Ticket):
 class KnownTicket(UnreadTicket):
     """One whose body has a known form."""
 
-    __slots__ = ("form",)
-
-    def __init__(self, call: HttpCall, form: BodyForm, reply: Done, since_s: float) -> None:
-        super().__init__(call, reply, since_s)
-        self.form = form
+    __slots__ = ()
+    alike: BodyForm
 
 
 class RowTicket(UnreadTicket):
-    """One whose body is a row in JSON, for a model of that form."""
+    """One whose body is a row in JSON, for a model."""
 
-    __slots__ = ("spec",)
-
-    def __init__(self, call: HttpCall, spec: ModelSpec, reply: Done, since_s: float) -> None:
-        super().__init__(call, reply, since_s)
-        self.spec = spec
+    __slots__ = ()
+    alike: ModelSpec
 
 
 def gather(batch: Iterable[Ticket], read: Read) -> list[Ticket]:
@@ -69,17 +64,12 @@ def gather(batch: Iterable[Ticket], read: Read) -> list[Ticket]:
     groups: dict[int, list[Any]] = {}
     found: list[Ticket | list[Any]] = []
     for ticket in batch:
-        if isinstance(ticket, KnownTicket):
-            kind = id(ticket.form)
-        elif isinstance(ticket, RowTicket):
-            kind = id(ticket.spec)
-        else:
+        if not isinstance(ticket, UnreadTicket):
             found.append(ticket)
-            continue
-        if (group := groups.get(kind)) is not None:
+        elif (group := groups.get(id(ticket.alike))) is not None:
             group.append(ticket)
         else:
-            groups[kind] = group = [ticket]
+            groups[id(ticket.alike)] = group = [ticket]
             found.append(group)
     return [t for one in found for t in (_read_group(one, read) if isinstance(one, list) else [one])]
 
@@ -90,7 +80,7 @@ def _read_group(group: list[Any], read: Read) -> list[Ticket]:
 
 def _each(group: list[RowTicket], read: Read) -> list[Ticket]:
     """Rows of one model."""
-    spec = group[0].spec
+    spec = group[0].alike
     rows = read_together([t.call.body for t in group], spec, time.time_ns() // 1000)
     found = []
     for ticket, row in zip(group, rows, strict=True):
@@ -109,7 +99,7 @@ def _unless_left(ticket: UnreadTicket) -> Done:
 
 
 def _as_one(group: list[KnownTicket], read: Read) -> list[Ticket]:
-    form = group[0].form
+    form = group[0].alike
     x, certain = form.read([t.call.body for t in group])
     others: list[Ticket] = []
     if not certain.all():

@@ -23,8 +23,8 @@ from raymill.runtime.records import RemoteRecords
 from raymill.runtime.stores import Stores, declared
 
 NICE = 19
-"""A replica and its proxy are asked by somebody who waits; the log is not. Under full load it still gets a hundredth of
-each core, and since it then takes more rows at once, that is enough for it."""
+"""A replica and its proxy are asked by somebody who waits; the log is not. Under full load it gets a hundredth or
+so of a core by this, and takes more rows at once the longer it has waited."""
 PATIENCE_S = 300.0
 """For how long one segment may take, an object store far away included."""
 
