@@ -1,4 +1,4 @@
-"""An endpoint of ours for benchmarks: Ray, registry and Serve in a process of their own, set up as by `raymill up`."""
+"""An endpoint of ours in a process of its own: Ray, registry and Serve, set up as by `raymill up`; for benchmarks, and tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,6 +22,7 @@ from raymill.cluster.environment import haproxy_files, serve_environment, serve_
 from raymill.cluster.ports import choose
 from raymill.cluster.serve_proxy import lay_launcher
 from raymill.runtime.home import Home
+from raymill.runtime.messages import ModelVersion, Stage
 
 _TOKEN = "a-token-of-this-benchmark-alone-0123456789"
 
@@ -97,3 +99,23 @@ def process(command: list[str], environment: Mapping[str, str], mark: Path) -> I
         started.kill()
         started.wait()
         log.close()
+
+
+class HostRecords:
+    """The actor `records` of a host's process."""
+
+    def __init__(self, host: Any) -> None:
+        self._host = host
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._host.stdin.write(json.dumps([method, arguments, named]) + "\n")
+            self._host.stdin.flush()
+            answer = json.loads(self._host.stdout.readline())
+            return [_version(v) for v in answer] if isinstance(answer, list) else _version(answer)
+
+        return call
+
+
+def _version(told: dict[str, Any]) -> ModelVersion:
+    return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})

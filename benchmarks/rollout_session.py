@@ -8,7 +8,6 @@ waits, as for a computer that is not this one.
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
 import time
@@ -20,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.endpoint_host import hosted
+from benchmarks.endpoint_host import HostRecords, hosted
 from benchmarks.harness import progress
 from benchmarks.open_loop import OpenLoop, Sent
 from raymill.actors.endpoint import APART_S, Endpoint, Placement
 from raymill.actors.envelope import Envelope, pack
 from raymill.actors.rollout import ModelSpec, Role, Route, reroute
 from raymill.actors.surroundings import load_program
-from raymill.runtime.messages import ModelVersion, Stage
 
 MODEL = "bench"
 WIDTH = 10
@@ -157,28 +155,10 @@ def session() -> Iterator[Session]:
             routes = [Route(version=v, digest=d, role=Role.LIVE) for v, d in enumerate(host.digests, start=1)]
             inputs = tuple(f"f{i}" for i in range(WIDTH))
             spec = ModelSpec(name=MODEL, label="p", inputs=inputs, routes=tuple(routes))
-            found = Session(host.endpoint, _Records(host.process), host.root, x, expected, spec)
+            found = Session(host.endpoint, HostRecords(host.process), host.root, x, expected, spec)
             found.records.promote(MODEL, 1, reason="benchmark")
             found.endpoint.deploy([found.present()], Placement())
             yield found
-
-
-class _Records:
-    def __init__(self, host: Any) -> None:
-        self._host = host
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            self._host.stdin.write(json.dumps([method, arguments, named]) + "\n")
-            self._host.stdin.flush()
-            answer = json.loads(self._host.stdout.readline())
-            return [_version(v) for v in answer] if isinstance(answer, list) else _version(answer)
-
-        return call
-
-
-def _version(told: dict[str, Any]) -> ModelVersion:
-    return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})
 
 
 def _models(folder: Path) -> list[Path]:

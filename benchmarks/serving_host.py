@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -17,7 +18,8 @@ from raymill.runtime.records import NAME, RecordsActor
 from raymill.runtime.spawn import find, spawn
 
 
-def main(home: str, dashboard_port: int, models: list[Path]) -> None:
+def started(home: str, dashboard_port: int) -> Any:
+    """A cluster's actor `records`; the cluster is of this process."""
     ray.init(
         address="local",
         num_cpus=4,
@@ -27,18 +29,27 @@ def main(home: str, dashboard_port: int, models: list[Path]) -> None:
         log_to_driver=False,
     )
     spawn(RecordsActor, home, name=NAME)
-    records = find(NAME)
-    versions = [
-        ray.get(records.register.remote("bench", "model", path.read_bytes(), None, path.name, {}, 0.5))
-        for path in models
-    ]
-    print(json.dumps({"digests": [v.digest for v in versions]}), flush=True)
+    return find(NAME)
+
+
+def answer_calls(records: Any) -> None:
+    """Answer the calls on standard input until it closes; then end Serve and the cluster."""
     for line in sys.stdin:
         method, arguments, named = json.loads(line)
         answer = ray.get(getattr(records, method).remote(*arguments, **named))
         print(json.dumps([asdict(v) for v in answer] if isinstance(answer, list) else asdict(answer)), flush=True)
     serve.shutdown()
     ray.shutdown()
+
+
+def main(home: str, dashboard_port: int, models: list[Path]) -> None:
+    records = started(home, dashboard_port)
+    versions = [
+        ray.get(records.register.remote("bench", "model", path.read_bytes(), None, path.name, {}, 0.5))
+        for path in models
+    ]
+    print(json.dumps({"digests": [v.digest for v in versions]}), flush=True)
+    answer_calls(records)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from benchmarks.endpoint_host import HostRecords
 from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.online import OnlineStore
 from raymill.cluster.environment import haproxy_files, serve_environment, serve_options
 from raymill.cluster.ports import choose
 from raymill.cluster.serve_proxy import lay_launcher
 from raymill.runtime.home import Home
-from tests.actors.serving.taxi import AT, PLAN, HostRecords, compiled, spec
+from tests.actors.serving.taxi import AT, PLAN, compiled, spec
 
 
 @pytest.fixture(scope="package")
@@ -42,6 +43,7 @@ def cluster(kernels):
         **haproxy_files(root),
         **lay_launcher(root / "ha"),
         "HOME": str(root),
+        "PYTHONPATH": str(Path(__file__).parents[3]),  # the host is of one piece with that of the benchmarks
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(root / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",

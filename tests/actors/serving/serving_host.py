@@ -7,15 +7,12 @@ Run with a home folder; prints one JSON line when it is up. Each line of its sta
 import io
 import json
 import sys
-from dataclasses import asdict
 
 import ray
 import torch
-from ray import serve
 
+from benchmarks.serving_host import answer_calls, started
 from raymill.actors.envelope import Envelope, pack
-from raymill.runtime.records import NAME, RecordsActor
-from raymill.runtime.spawn import find, spawn
 
 CODE = """
 import time
@@ -79,16 +76,7 @@ def exported(module: torch.nn.Module, inputs: int) -> bytes:
 
 
 def main(home: str, dashboard_port: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=True,
-        dashboard_port=dashboard_port,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-    )
-    spawn(RecordsActor, home, name=NAME)
-    records = find(NAME)
+    records = started(home, dashboard_port)
     programs = {
         "taxi": [exported(Constant(0.1), 2), exported(Constant(0.2), 2), b"no program"],
         "bus": [exported(Constant(0.1), 2), *(exported(Failing(how / 10, how % 4), 2) for how in (1, 2, 3, 5))],
@@ -102,13 +90,7 @@ def main(home: str, dashboard_port: int) -> None:
         for model, found in programs.items()
     }
     print(json.dumps({"digests": digests, "metrics_port": ray.nodes()[0]["MetricsExportPort"]}), flush=True)
-    for line in sys.stdin:
-        method, arguments, named = json.loads(line)
-        answer = ray.get(getattr(records, method).remote(*arguments, **named))
-        found = [asdict(v) for v in answer] if isinstance(answer, list) else asdict(answer)
-        print(json.dumps(found), flush=True)
-    serve.shutdown()
-    ray.shutdown()
+    answer_calls(records)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the tests of the served endpoint share: its model, its host's records, callers, and what was counted."""
 
-import json
 import threading
 import time
 
@@ -12,7 +11,6 @@ from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route
 from raymill.cluster.environment import kernels_version
 from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.client import Client
-from raymill.runtime.messages import ModelVersion, Stage
 
 AT = 1_367_000_000_000_000
 TRIPS = Source(
@@ -54,26 +52,6 @@ def trips(first, count):
             "at": pa.array([AT + i for i in range(count)], pa.timestamp("us", "UTC")),
         }
     )
-
-
-class HostRecords:
-    """The actor `records` of the other process."""
-
-    def __init__(self, host):
-        self._host = host
-
-    def __getattr__(self, method):
-        def call(*arguments, **named):
-            self._host.stdin.write(json.dumps([method, arguments, named]) + "\n")
-            self._host.stdin.flush()
-            answer = json.loads(self._host.stdout.readline())
-            return [version_of(v) for v in answer] if isinstance(answer, list) else version_of(answer)
-
-        return call
-
-
-def version_of(told):
-    return ModelVersion(**{**told, "stage": Stage(told["stage"]), "history": tuple(told["history"])})
 
 
 def compiled(home):
