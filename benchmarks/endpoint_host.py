@@ -1,4 +1,4 @@
-"""An endpoint of ours in a process of its own: Ray, registry and Serve, set up as by `raymill up`; for benchmarks, and tests."""
+"""An endpoint of ours for benchmarks and tests: Ray, registry and Serve in a process, set up as by `raymill up`."""
 
 from __future__ import annotations
 
