@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,9 @@ def process(command: list[str], environment: Mapping[str, str], mark: Path) -> I
             started.terminate()
         marked = [p for p in psutil.process_iter(["cmdline"]) if str(mark) in " ".join(p.info["cmdline"] or [])]
         for left in {*family, *marked}:
-            if left.is_running() and left.pid != os.getpid():
-                left.kill()
+            with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                if left.is_running() and left.pid != os.getpid():
+                    left.kill()
         started.kill()
         started.wait()
         log.close()

@@ -13,7 +13,8 @@ measured. The parts, each measured alone by `--only PART`:
 - `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
   thread (`in_process`).
 - `load`: one row as JSON at 70 % of the rate that 100 clients were answered at a moment before, arriving as from a
-  crowd (`wrk.at_rate`); what it came to is `load70_share`. `p99_at_load70`: five times its p50, over its p99.
+  crowd (`wrk.at_rate`); what it came to is `load70_share`. `p99_at_load70`: five times its p50, over its p99. mosec
+  is measured likewise, at 70 % of its own rate.
 - `features`: `/predict/online` with the entities of a row, whose features the replica looks up (`serving_online`), by
   100 clients; `features_p99`: 50 ms over its p99, `features_rps_vs_vectors`: against ready vectors of the same model.
 
@@ -133,9 +134,12 @@ def enter_rows(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
     compare(outcome, "rows64_vs_in_process", binary)
 
 
-def enter_load(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
+def enter_load(outcome: Outcome, found: Measured, peers: Collection[str]) -> None:
     runs = found.runs["ours"]
     compare(outcome, "p99_at_load70", [5 * r["load70_p50_ms"] / r["load70_p99_ms"] for r in runs])
+    for theirs in peers:
+        ratios = found.ratios("load70_p99_ms", "ours", theirs, smaller_is_better=True)
+        compare(outcome, f"p99_at_load70_vs_{theirs}", ratios)
 
 
 def enter_features(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
@@ -170,7 +174,7 @@ def _rows_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str,
 
 
 def _load_sides(up: Mapping[str, Up], _: Path, seconds: float) -> dict[str, Side]:
-    return {"ours": partial(measure_load, up["ours"], seconds)}
+    return {name: partial(measure_load, up[name], seconds) for name in ("ours", "mosec") if name in up}
 
 
 def _features_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str, Side]:
@@ -181,7 +185,7 @@ PARTS = {
     "rps": Part(_rps_sides, enter_rps, PEERS),
     "grpc": Part(_grpc_sides, enter_grpc, ("serve_default", "serve_fast")),
     "rows": Part(_rows_sides, enter_rows),
-    "load": Part(_load_sides, enter_load),
+    "load": Part(_load_sides, enter_load, ("mosec",)),
     "features": Part(_features_sides, enter_features),
 }
 
