@@ -1,8 +1,8 @@
 """Load by wrk: prepared requests again and again, as a closed loop of clients or at a rate of its own.
 
-The rate is that of many clients who each think for a random time between an answer and the next request: with far more
-clients than answers under way, arrivals are as of a crowd that does not know of one another (Poisson), and a server
-that stalls is asked on meanwhile. It is not exactly what was asked for; what it was is among the figures.
+wrk has no rate of its own. Here each request takes the next moment of one Poisson process, as if a crowd came that does
+not know of one another, and is sent by whichever of many connections is free; a server that stalls is asked on
+meanwhile, until all of them wait. wrk's timers tick in milliseconds, so what is due within one is sent together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,22 @@ from benchmarks.harness import Figures, NotInstalled
 
 JSON = {"Content-Type": "application/json"}
 CROWD = 400
-"""Clients who make up a rate."""
+"""Connections that make up a rate."""
 LINES = ".lines"
 """How the name of a file ends of which each line is a body; any of them is sent."""
+_ARRIVALS = """
+local ffi = require("ffi")
+ffi.cdef "typedef struct {{ long s; long ns; }} moment; int clock_gettime(int clock, moment *now);"
+local now, due_ms = ffi.new("moment"), nil
+math.randomseed(7)
+function delay()
+  ffi.C.clock_gettime(1, now)
+  local now_ms = tonumber(now.s) * 1e3 + tonumber(now.ns) * 1e-6
+  due_ms = (due_ms or now_ms) - {gap_ms:.6f} * math.log(1 - math.random())
+  return math.max(0, math.floor(due_ms - now_ms + 0.5))
+end
+"""
+"""How long a free connection waits, in ms: until the moment that is its own."""
 _UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -40,15 +53,7 @@ def closed(post: Post, *, clients: int, seconds: float) -> Figures:
 
 def at_rate(post: Post, *, rate: float, seconds: float) -> Figures:
     """So many requests a second, whatever the answers do; the figures of `closed`."""
-    think_ms = CROWD / rate * 1e3
-    tried = _wrk(post, _thinking(think_ms), CROWD, 1)
-    took_ms = CROWD / tried["rps"] * 1e3 - think_ms  # what of a client's round is not thought
-    return _wrk(post, _thinking(max(think_ms - took_ms, 1.0)), CROWD, seconds)
-
-
-def _thinking(mean_ms: float) -> list[str]:
-    lines = [f"local mean = {mean_ms:.3f}", "math.randomseed(7)"]
-    return [*lines, "function delay() return math.floor(-mean * math.log(1 - math.random()) + 0.5) end"]
+    return _wrk(post, [_ARRIVALS.format(gap_ms=1e3 / rate)], CROWD, seconds)
 
 
 def _wrk(post: Post, script: list[str], clients: int, seconds: float) -> Figures:
