@@ -24,6 +24,7 @@ from raymill.actors.batch_rows import ANSWERS, Reject
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.lake_reader import LakeReader
+from raymill.actors.load_notes import LoadNotes
 from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, Question
 from raymill.actors.prediction_rows import Scored, decode, encode
@@ -95,6 +96,7 @@ class BatchWorker:
             fetch=fetch or RemoteRecords().program,
             load=load or surroundings.load_program,
             open_reader=lambda spec: None,
+            guard=LoadNotes(home.loads, f"a worker of batch job {plan.job}").loading,
         )
         models.apply(to_user_config([plan.model]))
         if failed := models.failures.get(plan.model.name):

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class ModelSet:
     """Feature reader of a model with a plan."""
     measure: Callable[[Data], int] = len
     """Memory that the program of these bytes takes, about."""
+    guard: Callable[[ModelSpec, str, Data], AbstractContextManager[None]] = lambda spec, digest, data: nullcontext()
+    """Inside it the program of a digest is loaded; it raises where that must not be."""
     is_busy: Callable[[str], bool] = lambda name: False
     """Whether callers wait for a model."""
     models: dict[str, LoadedModel] = field(default_factory=dict)
@@ -115,6 +117,11 @@ class ModelSet:
         return model
 
     @property
+    def lacks(self) -> bool:
+        """Whether a model has nothing that answers, for what was to could not be loaded."""
+        return any(name in self.failures and not model.ready for name, model in self.models.items())
+
+    @property
     def is_ready(self) -> bool:
         """Whether every model has a version that answers, and is not ill."""
         return bool(self.models) and all(m.is_ready(None) for m in self.models.values())
@@ -172,7 +179,7 @@ class ModelSet:
                 if before is None:  # a replica that starts without the registry has nothing to go on with
                     raise
                 failed[route.version] = "the registry does not answer"
-            except Exception as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
+            except (Exception, SystemExit) as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
                 failed[route.version] = f"{type(err).__name__}: {err}"
         return LoadedModel(spec, programs, reader, self.attempts), failed
 
@@ -186,7 +193,7 @@ class ModelSet:
         data = self.fetch(digest)
         size = self.measure(data)
         self._make_room(spec, size)
-        with beside_traffic():
+        with self.guard(spec, digest, data), beside_traffic():
             program = self._warm(spec, self.load(data))
         self._sizes[digest] = size
         return program

@@ -41,13 +41,14 @@ from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Done, Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
+from raymill.actors.load_notes import LoadNotes
 from raymill.actors.local_socket import LocalSocket
 from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, LoadedModel, Prepared, Question
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
-from raymill.actors.rollout import ModelSpec, from_user_config
+from raymill.actors.rollout import ModelSpec, from_user_config, generation
 from raymill.actors.rollout_watch import Reporter
 from raymill.actors.routes import Routes
 from raymill.actors.row_bodies import is_one_row
@@ -67,6 +68,8 @@ _log = logging.getLogger(__name__)
 
 GC_THRESHOLD = 20_000
 """Objects between two looks for garbage: a batch makes hundreds, none of which are in circles."""
+AGAIN_S = 660.0
+"""After which a model is loaded again none of whose versions could be: longer than a deadly one is held back."""
 SWITCH_S = 0.0005
 """For how long another thread (the log's shipping, a load) may hold Python while requests wait; its default is 5 ms."""
 
@@ -100,6 +103,7 @@ class ServingReplica:
             load=load or surroundings.load_program,
             open_reader=open_reader or partial(surroundings.open_features, self._home),
             measure=len if load else model_files.footprint,
+            guard=LoadNotes(self._home.loads, f"replica {self.name}").loading,
             is_busy=lambda name: name in self._lanes and self._lanes[name].is_busy,
         )
         self._reporter = Reporter(self._home, control, self.name, self._report)
@@ -173,8 +177,11 @@ class ServingReplica:
         if not self.models.generation or self._reporter.is_alone:
             await change
         else:
-            self._changes.add(change)
-            change.add_done_callback(self._changed)
+            self._follow(change)
+
+    def _follow(self, change: asyncio.Task[None]) -> None:
+        self._changes.add(change)
+        change.add_done_callback(self._changed)
 
     def _changed(self, change: asyncio.Task[None]) -> None:
         self._changes.discard(change)
@@ -190,6 +197,13 @@ class ServingReplica:
                 if name in before and before[name].programs != model.programs:
                     lane.pace = Pace()  # what was learned is of other programs
             self._reporter.now()
+        if self.models.lacks:  # it may have been the memory of that moment
+            asyncio.get_running_loop().call_later(AGAIN_S, self._again, config)
+
+    def _again(self, config: Mapping[str, Any]) -> None:
+        """Try once more what could not be loaded, where nothing else was told meanwhile."""
+        if self._started and self.models.generation == generation(config):
+            self._follow(asyncio.get_running_loop().create_task(self._apply(config)))
 
     async def handle_http(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """The ASGI application."""

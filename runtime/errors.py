@@ -27,7 +27,8 @@
     ├── LeaseError              503  the pool can not grant it
     ├── TrainingError           500  the gang failed for good
     ├── ModelError              500  a model can not be loaded or answers nonsense
-    │   └── MissingPackage  500  the library of its kind is not installed
+    │   ├── MissingPackage  500  the library of its kind is not installed
+    │   └── DeadlyModel     500  its load ends the process
     ├── StoreError              500  lake, online store, ledger or registry are damaged or unreachable
     └── ClusterError            500  a node, port, disk or memory problem of this machine
 
@@ -239,6 +240,12 @@ class MissingPackage(ModelError):
     """The library that runs a model of this kind is not installed."""
 
     remedy = "`pip install 'raymill[models]'` on every host that serves"
+
+
+class DeadlyModel(ModelError):
+    """Loading the model has ended the process that did it: a crash in native code, or no memory left."""
+
+    remedy = "mend the model, or give its host more memory, and register it as a new version"
 
 
 class StoreError(RaymillError):

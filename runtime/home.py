@@ -51,6 +51,11 @@ class Home:
         return self.root / "spool"
 
     @property
+    def loads(self) -> Path:
+        """Notes of programs that are being loaded on this host, or ended who did it; may be deleted."""
+        return self.root / "loads"
+
+    @property
     def locks(self) -> Path:
         """Files by which processes take turns; empty, and may be deleted while nothing runs."""
         return self.root / "locks"

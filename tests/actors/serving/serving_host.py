@@ -35,6 +35,10 @@ def ill(x):
 """
 
 
+DEADLY = "import os\nos.abort()"
+"""Ends the process that loads it, as a crash in native code does."""
+
+
 class Constant(torch.nn.Module):
     """Answers with a number that tells versions apart, plus a little of the input."""
 
@@ -78,7 +82,12 @@ def exported(module: torch.nn.Module, inputs: int) -> bytes:
 def main(home: str, dashboard_port: int) -> None:
     records = started(home, dashboard_port)
     programs = {
-        "taxi": [exported(Constant(0.1), 2), exported(Constant(0.2), 2), b"no program"],
+        "taxi": [
+            exported(Constant(0.1), 2),
+            exported(Constant(0.2), 2),
+            b"no program",
+            pack(Envelope(form="code", target="code:ask", source=DEADLY)),
+        ],
         "bus": [exported(Constant(0.1), 2), *(exported(Failing(how / 10, how % 4), 2) for how in (1, 2, 3, 5))],
         **{name: [pack(Envelope(form="code", target=f"code:{name}", source=CODE))] for name in ("slow", "ill")},
     }
