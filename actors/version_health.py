@@ -1,4 +1,4 @@
-"""Whether a version errs or is slow, and has to go: counts of a window of wall time in, the reason out; pure.
+"""Whether a version errs, is slow, or ends who loads it, and has to go: what replicas tell in, the reason out; pure.
 
 A canary's failure is counted only where the live version answered the same rows, so a caller's strange rows are not
 held against it; the bound on its share is then against live already. Being slow is judged against what the other
@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from raymill.runtime.errors import DeadlyModel
 
 ERROR = 1e-4
 """Chance that a share is not within its bound; the counts are looked at again and again."""
@@ -132,7 +134,7 @@ class Report:
     generation: str
     """The configuration that it has applied."""
     failures: Mapping[str, Mapping[int, str]]
-    """Model → version → why it could not be loaded."""
+    """Model → version → why it could not be loaded; begins with the error's name."""
     roles: Mapping[str, Mapping[int, str]]
     """Model → version that answers → its `Role`."""
     tallies: Mapping[str, Mapping[int, Tally]]
@@ -163,8 +165,15 @@ class Withdrawal:
 
 
 def withdrawals(told: Sequence[Report]) -> list[Withdrawal]:
-    """The versions that have to go, by what all replicas say; of a model one at most, its canary before its live."""
+    """The versions that have to go, by what all replicas say; of a model one at most, its canary before its live.
+
+    What could not be loaded is taken back by whoever told the replicas to, who is told so. Where a load ended one, he
+    may have given up before another could tell: such a version goes here, too.
+    """
     found: dict[str, Withdrawal] = {}
+    for model, version, why in ((m, v, why) for r in told for m, f in r.failures.items() for v, why in f.items()):
+        if why.startswith(DeadlyModel.__name__):
+            found[model] = Withdrawal(model=model, version=version, canary=False, reason=why)
     for model in sorted({m for r in told for m in r.roles}):
         tallies = pooled(r.tallies.get(model, {}) for r in told)
         roles = {v: role for r in told for v, role in r.roles.get(model, {}).items()}

@@ -37,11 +37,11 @@ def watch(tmp_path, records):
     return RolloutWatch(tmp_path, {}, records=records, endpoint=Replicas())
 
 
-def report(roles, tallies, replica="a", benched=None):
+def report(roles, tallies, replica="a", benched=None, failures=None):
     return Report(
         replica=replica,
         generation="g",
-        failures={},
+        failures={"taxi": failures or {}},
         roles={"taxi": roles},
         tallies={"taxi": tallies},
         benched={"taxi": benched or {}},
@@ -100,6 +100,19 @@ def test_a_live_version_with_none_before_it_stays_and_the_ledger_says_so_once(wa
     assert (stages(records)[0], watch._endpoint.asked) == (Stage.LIVE, [])
     assert "no version before it" in records.events("model.ill")[0]["data"]["reason"]
     assert len(records.events("model.ill")) == 1
+
+
+def test_a_version_whose_load_ends_replicas_goes_from_the_registry_too_and_one_that_was_not_loaded_does_not(
+    watch, records
+):
+    records.promote("taxi", 2, reason="test")
+    records.start_canary("taxi", 3, reason="test")
+    why = {2: "DeadlyModel: SIGABRT", 3: "ModelError: 3 numbers a row"}
+    watch.report(report({1: "live"}, {1: GOOD}, failures=why))
+    watch.look()
+    assert stages(records) == [Stage.LIVE, Stage.RETIRED, Stage.CANARY]
+    assert records.get("taxi", 2).history[-1]["reason"] == f"{AUTOMATIC}DeadlyModel: SIGABRT"
+    assert watch._endpoint.asked == [("taxi", 2)]
 
 
 def test_a_report_comes_back_from_json_as_it_was():
