@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raymill.actors.batch_job import Summary
     from raymill.actors.batch_plan import BatchRequest
     from raymill.actors.batch_worker import Done
+    from raymill.cluster.session import Session
 
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="Column to stand beside the answers; `*`: all.")]
 
@@ -34,7 +35,9 @@ def predict(
         str | None, typer.Option("--table", help="File, folder, Delta table or URL of rows: answered as a job.")
     ] = None,
     to: Annotated[str | None, typer.Option("--out", help="Folder or URL for a job's answers, Parquet.")] = None,
-    version: Annotated[int | None, typer.Option(help="Version that answers a table; absent: the live one.")] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Version that answers; absent: live, for rows a canary, too.")
+    ] = None,
     keep: Keep = None,
     vectors: Annotated[bool, typer.Option(help="The table holds the model's inputs by name.")] = False,
     log: Annotated[bool, typer.Option(help="A table's answers go to the prediction log, too.")] = False,
@@ -47,10 +50,22 @@ def predict(
     if answer is None:
         if rows is None or to is not None:
             raise Usage("name rows, or --table TABLE with --out FOLDER: see `raymill predict --help`")
-        _ask(model, rows, at, url, as_json)
+        _refuse_of_tables(
+            {
+                "--keep": keep,
+                "--vectors": vectors,
+                "--log": log,
+                "--delta-version": delta_version,
+                "--job": job,
+                "--workers": workers,
+            }
+        )
+        _ask(model, rows, at, version, url, as_json)
         return
     if rows is not None or to is None:
         raise Usage("--table takes the rows from the table and needs --out, a folder or URL for the answers")
+    session = needed_session()
+    join(session)  # before the imports: Ray reads the session's token when it is imported
     from raymill.actors.batch_plan import BatchRequest
     from raymill.jobs.batch import lasting_place_of, place_of
 
@@ -64,10 +79,15 @@ def predict(
         log=log,
         delta_version=delta_version,
     )
-    _run(model, version, request, job, workers, as_json)
+    _run(session, model, version, request, job, workers, as_json)
 
 
-def _ask(model: str, rows: str, at: str | None, url: str | None, as_json: bool) -> None:
+def _refuse_of_tables(given: dict[str, Any]) -> None:
+    if of_tables := [option for option, value in given.items() if value]:
+        raise Usage(f"{', '.join(of_tables)}: only with --table, whose rows a job answers")
+
+
+def _ask(model: str, rows: str, at: str | None, version: int | None, url: str | None, as_json: bool) -> None:
     from raymill.runtime.api_keys import key_of_environment
     from raymill.runtime.client import URL_VARIABLE, connect
 
@@ -76,7 +96,7 @@ def _ask(model: str, rows: str, at: str | None, url: str | None, as_json: bool) 
     session = None if url else needed_session()
     key = key_of_environment() or (session.operator_key if session else None)
     with connect(url or (session.serve_url if session else None), key=key, deadline_s=8) as client:
-        answers = client.predict(model, asked, at=at).to_pylist()
+        answers = client.predict(model, asked, at=at, version=version).to_pylist()
 
     def human() -> None:
         table(model, ["id", "version", "p"], [[a["id"], a["version"], f"{a['p']:.4f}"] for a in answers])
@@ -85,10 +105,14 @@ def _ask(model: str, rows: str, at: str | None, url: str | None, as_json: bool) 
 
 
 def _run(
-    model: str, version: int | None, request: BatchRequest, job: str | None, workers: int | None, as_json: bool
+    session: Session,
+    model: str,
+    version: int | None,
+    request: BatchRequest,
+    job: str | None,
+    workers: int | None,
+    as_json: bool,
 ) -> None:
-    session = needed_session()
-    join(session)
     from raymill.actors.batch_job import plan_job, run_job
     from raymill.jobs.batch import served
 
