@@ -16,4 +16,9 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """The live version is retired, the one it had replaced is live again."""
-    change_live(lambda records: records.rollback(model, reason=reason), as_json)
+    change_live(
+        model,
+        lambda records: records.rollback(model, reason=reason),
+        lambda records, before, _, why: records.promote(model, before.version, reason=why),
+        as_json,
+    )
