@@ -3,6 +3,7 @@
 Ray reads its authentication once a process: every local cluster that a test process starts has to find the same token.
 """
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -10,6 +11,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+from raymill.cluster.environment import kernels_version
 
 HOME = Path(tempfile.mkdtemp(prefix="raymill-tests-"))
 (HOME / ".ray").mkdir(mode=0o700)
@@ -21,10 +24,30 @@ for name in [n for n in os.environ if n.startswith(("RAY_", "RAYMILL_"))]:
 os.environ |= {"HOME": str(HOME), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+ACTORS = Path(__file__).parents[1] / "actors"
+COMPILED = ACTORS / "__pycache__"
+"""Where Numba keeps the checkout's kernels, for whoever is not told of another place."""
+
+
+def pytest_configure():
+    """Kernels compiled of other sources go: Numba looks at a kernel's own file alone, not at what that takes in."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its starter has looked
+        return
+    seen, now = COMPILED / "kernels-version", kernels_version()
+    if not seen.exists() or seen.read_text() != now:
+        for old in COMPILED.glob("*.nb[ci]"):
+            old.unlink(missing_ok=True)
+        COMPILED.mkdir(exist_ok=True)
+        seen.write_text(now)
+
+
 @pytest.fixture(scope="session")
 def kernels():
-    """Compiled kernels, which may be lost and so may be shared: compiled once for all homes of the tests."""
-    (HOME / "kernels").mkdir(exist_ok=True)
+    """Compiled kernels for the homes of tests: the checkout's own, which the unit tests have compiled already."""
+    place = HOME / "kernels" / kernels_version() / f"actors_{hashlib.sha1(str(ACTORS).encode()).hexdigest()}"
+    place.parent.mkdir(parents=True, exist_ok=True)  # as Numba names the place of a folder's kernels
+    if not place.is_symlink():
+        place.symlink_to(COMPILED)
     return HOME / "kernels"
 
 

@@ -51,7 +51,7 @@ import json, os, sys
 from importlib.util import find_spec
 from raymill.runtime import RaymillError, connect
 model = os.environ["MODEL"]
-moment = "2020-02-17T12:00:00Z"
+moment = "2020-03-24T12:00:00Z"
 usual = {"placed_at": moment, "price": 1.5, "noise": 0.1}
 rows = [{**usual, "order": f"n{i}", "shop": f"shop{i}", "weight": 0.5 * i} for i in range(3)]
 with connect() as client:
@@ -68,9 +68,9 @@ with connect() as client:
         "cost": client.cost(),
         "status": client.status(),
         "lineage": client.lineage(answers.column("id")[0].as_py()),
-        "catalogue": client.catalogue(column="orders-still.returned"),
+        "catalogue": client.catalogue(column="orders-free.returned"),
         "feature": client.feature("shop.rate_7d"),
-        "breaks": client.feature_lineage(column="orders-still.returned")["breaks"],
+        "breaks": client.feature_lineage(column="orders-free.returned")["breaks"],
         "freshness": client.freshness(model),
         "consistency": client.consistency(model),
     }

@@ -18,7 +18,7 @@ from raymill.runtime.home import Home
 from tests.loop.conftest import RAYMILL, Host
 
 FILES, ROWS = 120, 20
-MOMENT = "2020-02-17T12:00:00Z"
+MOMENT = "2020-03-24T12:00:00Z"
 
 
 def write_rows(folder: Path) -> None:

@@ -40,10 +40,12 @@ print(json.dumps({"ranks": [r for r in ranks if r["rank"]], "replicas": [r["node
 
 
 @pytest.fixture(scope="module")
-def apart():
-    """A host below /tmp, which its worker nodes do not see."""
+def apart(kernels):
+    """A host below /tmp, which its worker nodes do not see; the kernels are its head's alone."""
     folder = Path(tempfile.mkdtemp(prefix="raymill-apart-", dir="/tmp"))
     made = Host(folder)
+    made.home.mkdir()
+    (made.home / "kernels").symlink_to(kernels)
     yield made
     made.raymill("down")
     shutil.rmtree(folder)

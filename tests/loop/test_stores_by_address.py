@@ -29,10 +29,12 @@ PIPELINE = str(PIPELINES / "by_address.py")
 
 
 @pytest.fixture(scope="module")
-def apart():
-    """A host below /tmp, which its worker nodes do not see."""
+def apart(kernels):
+    """A host below /tmp, which its worker nodes do not see; the kernels are its head's alone."""
     folder = Path(tempfile.mkdtemp(prefix="raymill-address-", dir="/tmp"))
     made = Host(folder)
+    made.home.mkdir()
+    (made.home / "kernels").symlink_to(kernels)
     yield made
     made.raymill("down")
     shutil.rmtree(folder)

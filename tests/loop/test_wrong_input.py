@@ -19,7 +19,7 @@ from raymill.cluster.spec import DEFAULT_CONFIG
 from tests.loop.conftest import PIPELINES, RAYMILL, Host
 
 SHOP = str(PIPELINES / "drifting.py")
-MOMENT = "2020-02-17T12:00:00Z"
+MOMENT = "2020-03-24T12:00:00Z"
 ROW = {"order": "w1", "placed_at": MOMENT, "shop": "shop1", "price": 1.5, "weight": 0.5, "noise": 0.1}
 SMALL = """
 from raymill.runtime import *
@@ -182,7 +182,7 @@ def body(**changes: object) -> str:
     return json.dumps({"rows": [row], "at": MOMENT})
 
 
-MODEL = "/predict/returns-still"
+MODEL = "/predict/returns-free"
 ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
 BAD_REQUESTS = {
     "no JSON": ("POST", MODEL, '{"rows": [', 400, "request_error"),
@@ -205,8 +205,8 @@ BAD_REQUESTS = {
     "models of an unknown one": ("GET", "/raymill/models?model=none", None, 404, "unknown_model"),
     "drift of an unknown one": ("GET", "/raymill/drift?model=none", None, 404, "unknown_model"),
     "unknown prediction": ("GET", "/raymill/lineage/none", None, 404, "unknown_prediction"),
-    "open inference, no JSON": ("POST", "/v2/models/returns-still/infer", "{", 400, "request_error"),
-    "open inference, unknown version": ("GET", "/v2/models/returns-still/versions/99", None, 404, "unknown_version"),
+    "open inference, no JSON": ("POST", "/v2/models/returns-free/infer", "{", 400, "request_error"),
+    "open inference, unknown version": ("GET", "/v2/models/returns-free/versions/99", None, 404, "unknown_version"),
     "open inference, unknown model": ("GET", "/v2/models/none", None, 404, "unknown_model"),
 }
 
@@ -240,9 +240,9 @@ def test_curl_is_answered_before_and_after_a_thousand_bad_requests_by_the_same_r
 
 REFUSED_WORDS = {
     "predict": (["predict", "none", json.dumps(ROW)], 2, "unknown_model"),
-    "predict, unknown entity": (["predict", "returns-still", json.dumps(ROW | {"shop": "no"})], 2, "unknown_entity"),
+    "predict, unknown entity": (["predict", "returns-free", json.dumps(ROW | {"shop": "no"})], 2, "unknown_entity"),
     "lineage": (["lineage", "--prediction", "none"], 2, "unknown_prediction"),
-    "promote, unknown version": (["promote", "returns-still", "99"], 2, "unknown_version"),
+    "promote, unknown version": (["promote", "returns-free", "99"], 2, "unknown_version"),
     "promote, unknown model": (["promote", "none", "1"], 2, "unknown_model"),
     "rollback": (["rollback", "none"], 2, "unknown_model"),
     "models": (["models", "none"], 2, "unknown_model"),
@@ -265,17 +265,17 @@ def test_what_is_not_there_is_one_document_on_a_running_cluster_too(
 
 
 def test_a_run_of_a_pipeline_that_another_process_runs_is_a_conflict(host: Host, served: dict):
-    with open(host.home / "runs" / "returns-still.lock", "w") as lock:
+    with open(host.home / "runs" / "returns-free.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        told = refused(host, "run", SHOP, code=1, SHIFT="still", UNTIL="2020-02-18")
+        told = refused(host, "run", SHOP, code=1, SHIFT="free")
     assert told["code"] == "conflict" and "another process" in told["error"]
 
 
 def test_every_verb_answers_with_one_document_on_a_running_cluster(host: Host, url: str, served: dict):
-    (answer,) = host.document("predict", "returns-still", json.dumps(ROW), "--at", MOMENT)
-    assert host.document("rollback", "returns-still", "--reason", "test")["version"] == 1
-    (other,) = host.document("predict", "returns-still", json.dumps(ROW), "--at", MOMENT)
-    assert host.document("promote", "returns-still", "2")["stage"] == "live"
+    (answer,) = host.document("predict", "returns-free", json.dumps(ROW), "--at", MOMENT)
+    assert host.document("rollback", "returns-free", "--reason", "test")["version"] == 1
+    (other,) = host.document("predict", "returns-free", json.dumps(ROW), "--at", MOMENT)
+    assert host.document("promote", "returns-free", "2")["stage"] == "live"
     assert (answer["version"], other["version"]) == (2, 1)
     assert host.document("status")["cluster"]["alive"] and host.document("up")["alive"]
     read_only_verbs(host, served, answer["id"])
@@ -284,8 +284,8 @@ def test_every_verb_answers_with_one_document_on_a_running_cluster(host: Host, u
 def read_only_verbs(host: Host, served: dict, prediction: str) -> None:
     """Each tells what was recorded; asked two at a time, as whoever asks changes nothing."""
     asked = {
-        "models": ["returns-still"],
-        "drift": ["returns-still"],
+        "models": ["returns-free"],
+        "drift": ["returns-free"],
         "cost": [],
         "lineage": ["--prediction", prediction],
         "report": [served["run"]],
@@ -312,8 +312,8 @@ def read_only_verbs(host: Host, served: dict, prediction: str) -> None:
 def test_after_down_what_was_recorded_is_told_and_what_needs_the_cluster_is_refused(host: Host, served: dict):
     assert host.document("down")["ended"] > 0 and running(host) == []
     assert host.document("status")["cluster"] is None and host.document("down")["ended"] == 0
-    read_only_verbs(host, served, f"{served['run']}-2020-02-17-00001")
-    for words in (["promote", "returns-still", "1"], ["rollback", "returns-still"]):
+    read_only_verbs(host, served, f"{served['run']}-2020-03-24-00001")
+    for words in (["promote", "returns-free", "1"], ["rollback", "returns-free"]):
         assert refused(host, *words, code=1)["code"] == "unavailable"
     assert running(host) == []
 
