@@ -27,6 +27,7 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
 }
 """What the page may do: nothing beyond this endpoint."""
+PAGE_TYPE = "text/html; charset=utf-8"
 ARROW, RAW = wire.ARROW_STREAM, "application/octet-stream"
 _AT = "2026-01-05T06:30:00Z"
 _EXAMPLES: dict[str, Any] = {

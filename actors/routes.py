@@ -85,7 +85,7 @@ class Routes:
             case ("openapi.json",) if _only(request, "GET"):
                 return asgi.json_reply(openapi.document(m.spec for m in self._models.models.values()))
             case ("docs",) if _only(request, "GET"):
-                return Reply(200, openapi.page(), "text/html; charset=utf-8", openapi.PAGE_HEADERS)
+                return Reply(200, openapi.page(), openapi.PAGE_TYPE, openapi.PAGE_HEADERS)
             case ("healthz",):
                 return asgi.json_reply({"status": "ok"})
             case ("",):

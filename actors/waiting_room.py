@@ -77,7 +77,16 @@ class WaitingRoom:
         refusal = await self._door.refusal(
             asgi.headers_of(scope), right or Right.PREDICT, asgi.is_local(asgi.peer_of(scope))
         )
-        return _ALIVE if refusal is not None and refusal.status == 401 and right is None else refusal
+        if refusal is None or refusal.status != 401 or right is not None:
+            return refusal
+        return _page() if asgi.parts_of(scope) == ("docs",) else _ALIVE
+
+
+@cache
+def _page() -> Reply:
+    from raymill.actors import openapi
+
+    return Reply(200, openapi.page(), openapi.PAGE_TYPE, openapi.PAGE_HEADERS)
 
 
 def _worded(send: asgi.Send) -> asgi.Send:

@@ -80,6 +80,8 @@ def test_who_needs_no_key_to_hear_that_the_endpoint_lives_hears_it_and_wakes_nob
         assert asked(path, ELSEWHERE)[::3] == (200, 0)
         assert asked(path, ELSEWHERE | KEY)[::3] == (200, 1)
     assert asked("/v2/health/ready", ELSEWHERE)[::3] == (401, 0)
+    status, headers, body, woken = asked("/docs", ELSEWHERE)  # the page is for anybody, too
+    assert (status, headers["content-type"], woken) == (200, "text/html; charset=utf-8", 0) and b"<html" in body
     assert asked("/-/healthz", ELSEWHERE)[::3] == (200, 1)  # Serve's own, which wakes nobody
 
 
