@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from raymill.actors.endpoint import Placement
-from raymill.actors.rollout import Role, reroute
+from raymill.actors.rollout import Role, Route, reroute
 from raymill.runtime.client import Client
 from raymill.runtime.errors import ModelError
 from raymill.runtime.messages import Stage
@@ -50,17 +50,17 @@ def test_a_version_that_does_not_load_takes_no_traffic(cluster):
 def test_a_canary_whose_load_ends_the_process_ends_one_and_is_refused_and_live_goes_on(cluster):
     """No replica after the first dies of it, so what is live is back as soon as that one is replaced."""
     endpoint, digests, home = cluster
-    before = endpoint.config()["applications"][0]["deployments"][0]["user_config"]
-    live, canary = spec(digests, v1=0.8, v4=0.2).routes
+    [served] = endpoint.models()
+    canary = Route(version=4, digest=digests[3], role=Role.CANARY, weight=0.2)
     with Load(endpoint.url) as load:
         load.wait_for(200)
         with pytest.raises(ModelError, match=r"version 4 of taxi: DeadlyModel: .* alone: SIGABRT, at .*code .*line 2"):
-            endpoint.set_models([replace(spec(digests), routes=(live, replace(canary, role=Role.CANARY)))])
+            endpoint.set_models([replace(served, routes=(*served.routes, canary))])
         load.wait_for(200)
     assert load.errors == []
-    assert {v for v, _ in load.answers.values()} == {1}
+    assert {v for v, _ in load.answers.values()} == {r.version for r in served.routes}
     assert len(list((home.loads / digests[3]).glob("*.loading"))) == 1, "more than one process began to load it"
-    assert endpoint.config()["applications"][0]["deployments"][0]["user_config"] == before
+    assert endpoint.models() == [served]
 
 
 @pytest.fixture(scope="module")
