@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import signal
 import subprocess
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ from raymill.runtime import Col, FeatureView, OnDemand, Source, col
 from raymill.runtime.errors import Conflict, ContractError, ModelError, RequestError
 from raymill.runtime.home import Home
 from tests.unit.actors.serving_parts import ListSink, http
+from tests.unit.actors.test_load_notes import ended, started
 from tests.unit.actors.test_model_files import FUNCTION, X, Y, lightgbm_model
 
 xgboost = pytest.importorskip("xgboost")
@@ -368,6 +370,14 @@ def test_a_version_that_does_not_load_ends_the_job_before_a_row(tmp_path, home):
     plan = plan_job(taxi(), None, request_of(tmp_path, asked()), home)
     with pytest.raises(ModelError, match="version 1 of model 'taxi' can not be loaded"):
         work(plan, home, {"d1": b"{damaged"})
+
+
+def test_a_version_that_ends_its_worker_ends_no_second_one_but_the_job(tmp_path, home):
+    plan = plan_job(taxi(), None, request_of(tmp_path, asked()), home)
+    deadly = {"d1": envelope.pack(Envelope(form="code", target="code:ask", source="import os\nos.abort()"))}
+    assert ended(started(lambda: work(plan, home, deadly))) == -signal.SIGABRT
+    with pytest.raises(ModelError, match=r"can not be loaded: .*DeadlyModel: .*a worker of batch job .*alone: SIGABRT"):
+        work(plan, home, deadly)
 
 
 def test_csv_arrow_folders_and_delta_tables_say_the_same(tmp_path, home, programs):
