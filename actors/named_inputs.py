@@ -19,21 +19,26 @@ RESERVED = ("id", "at")
 
 
 def spec_alone(name: str, inputs: Sequence[str], versions: Iterable[ModelVersion]) -> ModelSpec:
-    """The served model: rows carry its inputs by name, each a number or null.
-
-    Raises:
-        SpecError: an input has a name that a row can not carry, or two have the same.
-    """
-    twice = sorted({n for n in inputs if list(inputs).count(n) > 1})
-    taken = [n for n in inputs if n in RESERVED or not n]
-    if twice or taken:
-        raise SpecError(
-            f"inputs {twice or taken} can not come by name ({'twice' if twice else 'a row has its own such fields'}):"
-            " give others by --features a,b,c"
-        )
+    """The served model: rows carry its inputs by name, each a number or null; errors as `check_names`."""
+    check_names(inputs)
     columns = {n: ColumnForm("float64", True) for n in inputs}
     bare = ModelSpec(name=name, label=ANSWER, inputs=tuple(inputs), routes=(), columns=columns, required=tuple(inputs))
     return reroute(bare, versions)
+
+
+def check_names(inputs: Sequence[str]) -> None:
+    """Refuse names that rows can not carry.
+
+    Raises:
+        SpecError: an input has no name, or one of a row's own fields, or two have the same.
+    """
+    twice = sorted({n for n in inputs if list(inputs).count(n) > 1})
+    taken = sorted({n for n in inputs if n in RESERVED})
+    if twice or taken or "" in inputs:
+        why = "there are two of each" if twice else "a row has such fields of its own" if taken else "one has no name"
+        raise SpecError(
+            f"inputs {twice or taken or list(inputs)} can not come by name ({why}): give others by --features a,b,c"
+        )
 
 
 class NamedInputs:

@@ -170,7 +170,10 @@ def _read(data: Data) -> tuple[Program, int]:
         run = exported.module()
         columns = _input_columns(exported)
     except Exception as err:  # a damaged archive raises dozens of kinds
-        raise ModelError(f"{len(data)} bytes are no program of torch.export ({err}): register the model anew") from err
+        why = " ".join(str(err).split())[:300]
+        raise ModelError(
+            f"{len(data)} bytes are no program of torch.export with one input [rows, n] ({why}): export it anew"
+        ) from err
 
     def predict(x: F32) -> F32:
         if x.ndim != 2 or x.shape[1] != columns:
@@ -181,7 +184,13 @@ def _read(data: Data) -> tuple[Program, int]:
         if not rows.flags.writeable:  # torch warns of what it could write to; a view of the object store is read-only
             rows = rows.copy()
         with torch.inference_mode():
-            p = one_a_row(run(torch.from_numpy(rows)).numpy(), len(rows))
+            try:
+                p = one_a_row(run(torch.from_numpy(rows)).numpy(), len(rows))
+            except AssertionError as err:  # what the trace took for fixed, the number of rows first of all
+                raise ModelError(
+                    f"the program does not take {list(x.shape)} ({' '.join(str(err).split())[:200]}): export it with a "
+                    "free number of rows, `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`"
+                ) from err
         if not np.isfinite(p).all():
             raise ModelError("the model answers with NaN or infinity: roll back to the version before")
         return p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import threading
 from typing import Any
 
@@ -26,7 +27,8 @@ def load(data: Data) -> Loaded:
     try:
         booster.load_model(bytearray(data))
     except xgboost.core.XGBoostError as err:
-        raise ModelError(f"{len(data)} bytes are no model of XGBoost ({err}): save it with `save_model`") from err
+        why = _told(err)
+        raise ModelError(f"{len(data)} bytes are no model of XGBoost ({why}): save it with `save_model`") from err
     booster.set_param({"nthread": 1})  # replicas share their cores with everything else
     columns = booster.num_features()
     call = _Call(booster)
@@ -54,6 +56,7 @@ class _Call:
 
         self._booster = booster  # keeps the handle alive
         self._library, self._check = xgboost.core._LIB, xgboost.core._check_call
+        self._error = xgboost.core.XGBoostError
         settings = {"type": 0, "training": False, "iteration_begin": 0, "iteration_end": 0, "strict_shape": False}
         # Python writes the missing value as `NaN`, which is what XGBoost's JSON reads.
         self._settings = json.dumps(settings | {"missing": float("nan"), "cache_id": 0}).encode()
@@ -68,9 +71,20 @@ class _Call:
         rows, columns = x.shape
         array = b'{"data":[%d,true],"shape":[%d,%d],"typestr":"<f4","version":3}' % (x.ctypes.data, rows, columns)
         with self._lock:  # the answer lies in memory of the booster's, until its next call
-            self._check(
-                self._library.XGBoosterPredictFromDense(self._booster.handle, array, self._settings, None, *self._out)
-            )
+            try:
+                self._check(
+                    self._library.XGBoosterPredictFromDense(
+                        self._booster.handle, array, self._settings, None, *self._out
+                    )
+                )
+            except self._error as err:
+                raise ModelError(f"XGBoost does not predict with this model ({_told(err)}): trees are served") from err
             if self._dimensions.value != 1:
                 raise ModelError(f"the trees give {self._shape[1]} numbers a row: one is served")
             return np.ctypeslib.as_array(self._found, (rows,)).copy()
+
+
+def _told(err: Exception) -> str:
+    """What XGBoost says, without time, place and the trace of its C++ behind it."""
+    said = str(err).partition("Stack trace:")[0]
+    return " ".join(re.sub(r"^\[[\d:]+\] \S+: ", "", said).rstrip(" \n~^").split())

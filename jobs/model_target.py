@@ -16,11 +16,13 @@ import numpy as np
 from raymill.actors import envelope, model_files
 from raymill.actors.envelope import Envelope
 from raymill.actors.model_files import Loaded
-from raymill.runtime.errors import ModelError, Usage
+from raymill.actors.named_inputs import check_names
+from raymill.runtime.errors import ModelError, SpecError, Usage
 
 _CODE = re.compile(r"(?P<module>[\w./-]+?)(\.py)?:(?P<name>[A-Za-z_]\w*)")
 _PICKLED = b"PK"
 """Begins what `torch.save` writes; safetensors begin with a length."""
+_WEIGHTS_ALONE = "save `net.state_dict()`, best by `safetensors.torch.save_file`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +66,16 @@ def read_target(text: str, wish: Wish) -> Target:
     try:
         loaded = model_files.load(data)
         inputs = _inputs(loaded, wish.features, text)
-        loaded.run(np.zeros((2, len(inputs)), np.float32))
+        check_names(inputs)
+        answer = loaded.run(np.zeros((2, len(inputs)), np.float32))
     except ModelError as err:
         raise Usage(f"{text}: {err.message}") from err
+    except SpecError as err:
+        raise Usage(err.message) from err
+    if not np.isfinite(answer).all():
+        raise Usage(
+            f"{text} answers {answer[0]} where all inputs are 0: a model has to answer ordinary rows by numbers"
+        )
     return Target(name=_name(wish.name, text), kind=str(loaded.kind), data=data, inputs=inputs)
 
 
@@ -124,11 +133,13 @@ def _weights(path: Path) -> bytes:
     try:
         state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         return save({name: tensor.contiguous() for name, tensor in state.items()})
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, ValueError) as err:
-        raise Usage(
-            f"{path} holds more than a net's weights ({' '.join(str(err).split())[:200]}): save `net.state_dict()`, "
-            "best by `safetensors.torch.save_file`"
-        ) from err
+    except pickle.UnpicklingError as err:  # its text tells how to read the file all the same
+        strange = re.search(r"GLOBAL (\S+)", str(err))
+        what = f" ({strange[1].rstrip('.,')})" if strange else ""
+        raise Usage(f"{path} holds more than a net's weights{what}: {_WEIGHTS_ALONE}") from err
+    except (RuntimeError, AttributeError, ValueError) as err:
+        why = " ".join(str(err).split())[:200]
+        raise Usage(f"{path} holds no net's weights that can be read ({why}): {_WEIGHTS_ALONE}") from err
 
 
 def _inputs(loaded: Loaded, features: str | None, text: str) -> tuple[str, ...]:
@@ -137,10 +148,10 @@ def _inputs(loaded: Loaded, features: str | None, text: str) -> tuple[str, ...]:
         if loaded.columns is None:
             raise Usage(f"{text} does not say how many inputs it takes: give --features 12, or --features a,b,c")
         return loaded.names or _numbered(loaded.columns)
-    count = int(features) if features.isascii() and features.isdigit() else None
+    count = int(features) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", features) else None
     named = tuple(n.strip() for n in features.split(",")) if count is None else ()
     count = len(named) if count is None else count
-    if not count or count != (loaded.columns or count):
+    if count < 1 or count != (loaded.columns or count):
         raise Usage(f"--features says {count} inputs, and {text} takes {loaded.columns or 'at least one'}")
     return named or loaded.names or _numbered(count)
 

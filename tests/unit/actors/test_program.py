@@ -1,3 +1,4 @@
+import io
 from typing import Any
 
 import numpy as np
@@ -111,10 +112,15 @@ def test_read_only_and_strided_rows_are_taken_without_a_warning(
 
 def test_what_is_no_program_or_does_not_fit_one_is_an_error_with_a_remedy(program: bytes) -> None:
     for data in (b"", b"nonsense", program[: len(program) // 2]):
-        with pytest.raises(ModelError, match="register the model anew"):
+        with pytest.raises(ModelError, match="export it anew"):
             load_program(data)
     with pytest.raises(ModelError, match=r"takes \[rows, 4\] float32, not \[3, 5\]"):
         load_program(program)(np.zeros((3, 5), np.float32))
+    two_rows_alone = io.BytesIO()
+    net = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Flatten(0))
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 4),)), two_rows_alone)
+    with pytest.raises(ModelError, match=r"does not take \[3, 4\].*dynamic_shapes"):
+        load_program(two_rows_alone.getvalue())(some_rows(3))
     broken = torch.nn.Linear(4, 1)
     torch.nn.init.constant_(broken.weight, NAN)
     with pytest.raises(ModelError, match="NaN or infinity: roll back"):

@@ -31,8 +31,15 @@ def test_a_model_file_answers_as_the_library_does(fitted, form):
 
 
 def test_what_is_no_such_model_is_refused(fitted):
-    with pytest.raises(ModelError, match="no model of XGBoost"):
-        surroundings.load_program(b"{damaged")
+    whole = bytes(fitted[1].save_raw("ubj"))
+    for damaged in (b"{damaged", b'{"a":1}', whole[: len(whole) // 2]):
+        with pytest.raises(ModelError, match="no model of XGBoost") as told:
+            surroundings.load_program(damaged)
+        assert "\n" not in told.value.message and "/workspace" not in told.value.message
+    linear = {"objective": "reg:squarederror", "booster": "gblinear", "nthread": 1}
+    other = xgboost.train(linear, xgboost.DMatrix(fitted[0], fitted[0][:, 0]), 2)
+    with pytest.raises(ModelError, match=r"Inplace predict is not supported.*: trees are served"):
+        surroundings.load_program(bytes(other.save_raw("ubj")))(fitted[0])
     with pytest.raises(ModelError, match=r"take \[rows, 3\]"):
         surroundings.load_program(bytes(fitted[1].save_raw("ubj")))(np.zeros((2, 4), np.float32))
 

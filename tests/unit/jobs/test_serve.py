@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("work")
     data = xgboost.DMatrix(X, X[:, 0] > 0, feature_names=["a", "b", "c"])
     xgboost.train({"objective": "binary:logistic", "nthread": 1}, data, 2).save_model(made / "trees of.ubj")
-    (made / "mine.py").write_text("def ask(x):\n    return x[:, 0]\n\nasked = 3\n")
+    (made / "mine.py").write_text(
+        "def ask(x):\n    return x[:, 0]\n\ndef nothing(x):\n    return x[:, 0] * float('nan')\n\nasked = 3\n"
+    )
     (made / "line.pkl").write_bytes(pickle.dumps({"a": 1}))
     return made
 
@@ -72,7 +74,7 @@ def test_weights_come_in_either_form_and_nothing_but_tensors_does(tmp_path, monk
     answer = X @ state["weight"].numpy()[0] + state["bias"].numpy()
     assert np.allclose(model_files.load(target.data).run(X), answer, atol=1e-6)
     torch.save({"net": torch.nn.Linear(3, 1)}, weights)
-    with pytest.raises(Usage, match=r"more than a net's weights"):
+    with pytest.raises(Usage, match=r"^\S+ holds more than a net's weights \(torch.nn.modules.linear.Linear\): save"):
         read_target("nets:net", Wish(features="3", weights=weights))
 
 
@@ -89,6 +91,10 @@ def test_weights_come_in_either_form_and_nothing_but_tensors_does(tmp_path, monk
         ("no_such_module:ask", Wish(features="2"), "there is no module 'no_such_module'"),
         ("trees of.ubj", Wish(features="4"), "--features says 4 inputs, and trees of.ubj takes 3"),
         ("trees of.ubj", Wish(features="0"), "--features says 0 inputs"),
+        ("trees of.ubj", Wish(features="-3"), "--features says -3 inputs"),
+        ("trees of.ubj", Wish(features="a,b,a"), r"inputs \['a'\] can not come by name"),
+        ("trees of.ubj", Wish(features="a,,b"), "one has no name"),
+        ("mine:nothing", Wish(features="2"), "answers nan where all inputs are 0"),
         ("trees of.ubj", Wish(name="a/b"), "no name for a model"),
         ("trees of.ubj", Wish(compiled=True), "--weights and --compile"),
     ],
