@@ -256,7 +256,22 @@ def _chunks(rows: Rows, at: Moment, ids: Sequence[str] | None) -> Iterator[tuple
             {"id": name, **row} if ids is None else {**row, "id": name}
             for name, row in zip(names[start : start + CHUNK_ROWS], rows[start : start + CHUNK_ROWS], strict=True)
         ]
-        yield "application/json", json.dumps({"rows": part, "at": moment}, default=_plain).encode()
+        yield "application/json", _as_json({"rows": part, "at": moment})
+
+
+def _as_json(document: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(document, default=_plain, allow_nan=False).encode()
+    except ValueError:  # a NaN, as data frames have where a value is unknown; JSON has none
+        known = [{k: None if _is_nan(v) else v for k, v in row.items()} for row in document["rows"]]
+    try:
+        return json.dumps({**document, "rows": known}, default=_plain, allow_nan=False).encode()
+    except ValueError as err:
+        raise RequestError(f"a row holds infinity, which JSON can not carry ({err}): send rows as Arrow") from err
+
+
+def _is_nan(value: object) -> bool:
+    return (isinstance(value, float) or getattr(value, "shape", None) == ()) and bool(value != value)
 
 
 def _table_chunks(rows: pa.Table, at: str | int | None, ids: Sequence[str] | None) -> Iterator[tuple[str, bytes]]:

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 
 import httpx
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -133,6 +134,15 @@ def test_a_row_keeps_its_own_id_and_moment():
     first, second = server.sent[0].to_pylist()
     assert (first["id"], first["at"]) == ("mine", 5)
     assert second["id"] != "mine"
+
+
+def test_what_is_unknown_goes_as_null_and_infinity_is_told():
+    server = Server()
+    rows = [{"a": float("nan"), "b": 1.0}, {"a": 2.0, "b": np.float32("nan")}]
+    make(server).predict("m", rows)  # JSON has no NaN: the endpoint would refuse the body
+    assert [(r["a"], r["b"]) for r in server.sent[0].to_pylist()] == [(None, 1.0), (2.0, None)]
+    with pytest.raises(RequestError, match="infinity"):
+        make(server).predict("m", [{"a": float("inf")}])
 
 
 def test_many_rows_go_in_several_requests_and_come_back_in_order(monkeypatch):
