@@ -85,7 +85,7 @@ class RequestError(RaymillError):
     """A request that can not be read or does not fit the model."""
 
     http_status = 400
-    remedy = "see the request's form in the README"
+    remedy = "`GET /docs` of the endpoint shows the form of its requests"
 
 
 class UnknownEntity(RequestError):
@@ -234,6 +234,8 @@ class TrainingError(RaymillError):
 
 class ModelError(RaymillError):
     """A model can not be loaded, exported or run."""
+
+    remedy = "mend the model and serve it as a new version; `raymill rollback MODEL` goes back to the one before"
 
 
 class MissingPackage(ModelError):

@@ -11,6 +11,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from raymill.actors import openapi, routes
 from raymill.actors.rollout import ColumnForm
+from raymill.runtime.errors import ModelError
 from tests.unit.actors import serving_parts
 from tests.unit.actors.serving_parts import model
 
@@ -139,3 +140,9 @@ def test_a_type_that_a_column_may_have_has_an_example():
     columns = {d: ColumnForm(d, False) for d in ("string", "int64", "float64", "bool", "timestamp")}
     spec = replace(SPECS[0], columns=columns, required=tuple(columns))
     assert list(openapi.example_row(spec)) == list(columns)
+
+
+@pytest.mark.parametrize("kind", openapi._PREDICTING)
+def test_no_remedy_names_what_a_caller_has_not_or_what_does_not_look_at_models(kind):
+    assert "README" not in kind.remedy  # it does not come with the endpoint, /docs does
+    assert kind is not ModelError or "doctor" not in kind.remedy  # that looks at machines
