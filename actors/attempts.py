@@ -52,7 +52,7 @@ class Batch:
     chosen: Ints
     """Place in `routes` for each row; where a version fails it becomes that of the live one."""
     p: Floats = field(default_factory=lambda: np.empty(0, np.float32))
-    """Answers; those of questions in `errors` mean nothing."""
+    """Answers, in the form of `blank`; those of questions in `errors` mean nothing."""
     errors: dict[int, RaymillError] = field(default_factory=dict)
     """Place of a question → why it has no answer."""
 
@@ -69,6 +69,14 @@ class Batch:
     def span(self, question: int) -> slice:
         """Rows of a question."""
         return slice(int(self.edges[question]), int(self.edges[question + 1]))
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """What the answer to so many rows has: [rows], or [rows, k] of a model with k > 1 numbers a row."""
+        return (rows,) if self.spec.outputs == 1 else (rows, self.spec.outputs)
+
+    def blank(self) -> Floats:
+        """Room for the answers."""
+        return np.empty(self.shape(len(self.x)), dtype=np.float32)
 
 
 class Attempts:
@@ -120,7 +128,7 @@ class Attempts:
         if len(batch.routes) == 1:
             self._compute_all(batch)
             return
-        batch.p = np.empty(len(batch.x), dtype=np.float32)
+        batch.p = batch.blank()
         stable = _stable(batch.routes)
         if self.benched and stable is not None:
             self._leave_out_benched(batch, stable)
@@ -149,7 +157,7 @@ class Attempts:
         why: RaymillError
         try:
             batch.p[rows] = self._run(batch, route, batch.x[rows])
-            failed, why = rows & ~np.isfinite(batch.p), _not_finite(batch.spec)
+            failed, why = rows & ~_is_finite(batch.p), _not_finite(batch.spec)
         except ModelError as err:
             failed, why = rows, err
         hit = batch.questions(failed) if failed.any() else []
@@ -179,9 +187,9 @@ class Attempts:
                 return
             batch.p = np.array(batch.p)
         except ModelError as err:
-            batch.p = np.empty(len(batch.x), dtype=np.float32)
+            batch.p = batch.blank()
             self._each_alone(batch, batch.routes[0], np.ones(len(batch.x), np.bool_), err)
-        self._look_at(batch, batch.routes[0], ~np.isfinite(batch.p))
+        self._look_at(batch, batch.routes[0], ~_is_finite(batch.p))
 
     def _compute_last(self, batch: Batch, place: int) -> None:
         """Rows of the version after which none comes; several questions are asked one by one if together they fail."""
@@ -194,7 +202,7 @@ class Attempts:
             batch.p[rows] = self._run(batch, route, batch.x if bool(rows.all()) else batch.x[rows])
         except ModelError as err:
             self._each_alone(batch, route, rows, err)
-        self._look_at(batch, route, ~np.isfinite(batch.p) & rows)
+        self._look_at(batch, route, ~_is_finite(batch.p) & rows)
 
     def _look_at(self, batch: Batch, route: Route, bad: npt.NDArray[np.bool_]) -> None:
         """Rows whose answer is not finite are errors; where the inputs were ordinary, the version's failure too."""
@@ -227,7 +235,7 @@ class Attempts:
         begun = self._clock()
         try:
             p = batch.programs[route.version](x)
-            if p.shape != (len(x),):
+            if p.shape != batch.shape(len(x)):
                 raise ValueError(f"{len(x)} rows got answers of shape {list(p.shape)}")
             return p
         except Exception as err:  # whatever a program raises is the version's failure
@@ -318,6 +326,12 @@ def _stable(routes: Sequence[Route]) -> int | None:
     """Place of the version that answers in another's place: the live one with the largest share."""
     live = [i for i, r in enumerate(routes) if r.role is Role.LIVE and r.weight > 0]
     return max(live, key=lambda i: routes[i].weight, default=None)
+
+
+def _is_finite(p: Floats) -> npt.NDArray[np.bool_]:
+    """[rows] whether all that a row is answered with is finite."""
+    finite: npt.NDArray[np.bool_] = np.isfinite(p)
+    return finite if finite.ndim == 1 else np.logical_and.reduce(finite, axis=1)
 
 
 def _not_finite(spec: ModelSpec) -> ContractError:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 ROW = "__row"
 """Column with each row's number in its part, as long as a part is read."""
 ANSWERS = pa.schema([("id", pa.string()), ("version", pa.int64()), ("p", pa.float32())])
-"""Columns of the answers."""
+"""Columns of the answers of a model with one number a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Reject:
     """Its number in the part."""
     error: RaymillError
     """What the endpoint would have answered."""
+
+
+def answers_of(outputs: int) -> pa.Schema:
+    """Columns of the answers of a model with so many numbers a row."""
+    return ANSWERS.set(2, pa.field("p", wire.type_of(outputs)))
 
 
 def form_of(plan: BatchPlan) -> ModelSpec:

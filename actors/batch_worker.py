@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raymill.actors import batch_rows, surroundings
+from raymill.actors import batch_rows, surroundings, wire
 from raymill.actors.batch_duplicates import duplicates_of
 from raymill.actors.batch_input import is_text, read
 from raymill.actors.batch_output import PIECES, REJECTS, Output
 from raymill.actors.batch_plan import PART_ROWS, BatchPlan, Piece
-from raymill.actors.batch_rows import ANSWERS, Reject
+from raymill.actors.batch_rows import Reject
 from raymill.actors.feature_plan import FeaturePlan
 from raymill.actors.lake import Lake
 from raymill.actors.lake_reader import LakeReader
@@ -102,6 +102,7 @@ class BatchWorker:
         if failed := models.failures.get(plan.model.name):
             raise ModelError(f"version {plan.version} of model {plan.model.name!r} can not be loaded: {failed}")
         self._model = models.models[plan.model.name]
+        self._answers = batch_rows.answers_of(self._model.spec.outputs)
         self._sink = sink or LakeSink(lambda model: lake, home.spool / "sink.lock", surroundings.observe)
 
     def answer(self, piece: Piece) -> Done:
@@ -136,7 +137,7 @@ class BatchWorker:
         text = is_text(part.piece)
         rows, where, rejects = batch_rows.readable(asked, self._plan, is_text=text, twice=part.twice)
         log = JobLog()
-        answers = ANSWERS.empty_table()
+        answers = self._answers.empty_table()
         if rows is not None:
             answers, taken, ill = self._predicted(rows, log)
             rejects += [Reject(int(where[i]), err) for i, err in ill.items()]
@@ -171,13 +172,13 @@ class BatchWorker:
             found += asked
             ill |= {int(row[0]): err for row, err in bad}
         if not found:
-            return ANSWERS.empty_table(), np.empty(0, np.int64), ill
+            return self._answers.empty_table(), np.empty(0, np.int64), ill
         columns = [
             pa.array([name for _, answer in found for name in answer.ids], pa.string()),
             pa.array(np.concatenate([answer.versions for _, answer in found])),
-            pa.array(np.concatenate([answer.p for _, answer in found])),
+            wire.column_of(np.concatenate([answer.p for _, answer in found])),
         ]
-        return pa.table(columns, schema=ANSWERS), np.concatenate([some for some, _ in found]), ill
+        return pa.table(columns, schema=self._answers), np.concatenate([some for some, _ in found]), ill
 
     def _ask(self, rows: Rows, x: npt.NDArray[np.float32], some: Places, log: JobLog) -> tuple[Places, Answer]:
         chosen = some.tolist()

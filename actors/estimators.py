@@ -18,10 +18,11 @@ _OWN = "sklearn."
 def load(data: Data) -> Loaded:
     """The program of an archive, or of an envelope around one: [rows, n] float32 → probability or value.
 
-    A binary classifier answers with the probability of its second class.
+    A binary classifier answers with the probability of its second class, one of k > 2 with those of all `classes_`.
 
     Raises:
-        ModelError: the bytes are no such archive, hold types that nobody trusts, or a model of several classes.
+        ModelError: the bytes are no such archive, hold types that nobody trusts, or a classifier without
+            probabilities.
     """
     import skops.io
 
@@ -59,12 +60,18 @@ def _run_of(estimator: Any) -> Any:
     classes = getattr(estimator, "classes_", None)
     if classes is None:
         return estimator.predict
-    if len(classes) != 2 or not hasattr(estimator, "predict_proba"):
+    if isinstance(classes, list):
+        raise ModelError(
+            f"{type(estimator).__name__} has {len(classes)} targets of classes: save one estimator a target"
+        )
+    if len(classes) < 2 or not hasattr(estimator, "predict_proba"):
         raise ModelError(
             f"{type(estimator).__name__} knows {len(classes)} classes"
-            f"{'' if hasattr(estimator, 'predict_proba') else ' and no probabilities'}: the probability of one of two "
-            "classes is served"
+            f"{'' if hasattr(estimator, 'predict_proba') else ' and no probabilities'}: the probabilities of two or "
+            "more are served"
         )
+    if len(classes) > 2:
+        return estimator.predict_proba
 
     def probability(x: F32) -> Any:
         return estimator.predict_proba(x)[:, 1]

@@ -49,7 +49,7 @@ class BodyForm:
     after: bytes
     request_id: str | None
     _pieces: dict[int, tuple[bytes, bytes, bytes]] = field(default_factory=dict)
-    """Version → the answer up to the prediction's id, up to the value, and its end."""
+    """Version → the answer up to the prediction's id, up to the values, and its end."""
 
     def holds(self, body: bytes) -> bool:
         """Whether the body begins and ends so; its middle may yet be anything."""
@@ -72,21 +72,23 @@ class BodyForm:
 
     def write(self, answer: Answer) -> list[bytes]:
         """The body of the answer for each row, which is a caller's."""
-        values = orjson.dumps(answer.p.astype(np.float64).tolist())[1:-1].split(b",")
+        text = orjson.dumps(answer.p.astype(np.float64).tolist())
+        values = text[1:-1].split(b",") if answer.p.ndim == 1 else text[2:-2].split(b"],[")
         versions = answer.versions.tolist()
         written = []
         for name, value, version in zip(answer.ids, values, versions, strict=True):
             pieces = self._pieces.get(version)
             if pieces is None:
-                pieces = self._pieces[version] = self._pieces_of(version)
+                pieces = self._pieces[version] = self._pieces_of(version, answer.p.shape[1:])
             written.append(b"%b%b%b%b%b" % (pieces[0], name.encode(), pieces[1], value, pieces[2]))
         return written
 
-    def _pieces_of(self, version: int) -> tuple[bytes, bytes, bytes]:
+    def _pieces_of(self, version: int, form: tuple[int, ...]) -> tuple[bytes, bytes, bytes]:
         infer = Infer(np.empty((1, 0), np.float32), [_NAME], _NAME, self.request_id, binary=False)
-        whole, _ = oip.write_infer(self.spec, infer, version, np.array([_VALUE], np.float32))
+        p = np.full((1, *form), _VALUE, np.float32)
+        whole, _ = oip.write_infer(self.spec, infer, version, p)
         begin, _, rest = whole.rpartition(b'{"prediction_id":"%b"}' % _NAME.encode())
-        between, _, end = rest.rpartition(b"[%b]" % orjson.dumps(_VALUE))
+        between, _, end = rest.rpartition(orjson.dumps([_VALUE] * p.size))
         return begin + b'{"prediction_id":"', b'"}' + between + b"[", b"]" + end
 
 

@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from raymill.actors.lake_cache import PartCache
 from raymill.actors.lake_layout import FEWEST
-from raymill.actors.lake_migrations import migrate
+from raymill.actors.lake_migrations import add_missing, migrate
 from raymill.actors.lake_place import Place, as_store_error
 from raymill.actors.lake_upkeep import (
     KEEP_LOG,
@@ -198,6 +198,15 @@ class Lake:
     def migrate(self, source: Source) -> int | None:
         """Bring a source's table to its declared columns, as `lake_migrations.migrate`."""
         return migrate(self._place, source)
+
+    def add_columns(self, table: str, schema: pa.Schema) -> None:
+        """Give a table the columns that it lacks of a schema, null in its old rows (`lake_migrations.add_missing`)."""
+        with self._lock_of(table), as_store_error(self._place, table, "add columns to"):
+            writer = self._writer(table, None)
+            if writer is not None and {f.name for f in writer.schema().fields}.issuperset(schema.names):
+                return
+            self._writers.pop(table, None)
+            add_missing(self._place, table, schema)
 
     def is_whole(self, table: str, version: int) -> bool:
         """Whether a version can be read: none of its files was vacuumed."""

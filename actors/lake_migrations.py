@@ -9,6 +9,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -53,6 +54,30 @@ def migrate(place: Place, source: Source) -> int | None:
     raise StoreError(
         f"lake table {source.name!r} was written {_ATTEMPTS} times while it was migrated: stop its other writers"
     )
+
+
+def add_missing(place: Place, table: str, schema: pa.Schema) -> None:
+    """Give a table of raymill's own the columns that it lacks of a schema: in one commit, null in the rows from before.
+
+    Raises:
+        StoreError: the table can not be written, or other writers were first five times.
+    """
+    with as_store_error(place, table, "add columns to"):
+        for _ in range(_ATTEMPTS):
+            found = place.open(table)
+            has = _columns(found.schema())
+            fields = [f for f in Schema.from_arrow(schema).fields if f.name not in has]
+            if not fields:
+                return
+            told = {MARK: "migrate", f"{MARK}.steps": [f"AddColumn({f.name!r})" for f in fields]}
+            with suppress(CommitFailedError):  # rows came meanwhile, or the columns: look again
+                found.alter.add_columns(
+                    fields,
+                    commit_properties=CommitProperties(custom_metadata=told, max_commit_retries=0),
+                    post_commithook_properties=KEEP_LOG,
+                )
+                return
+    raise StoreError(f"lake table {table!r} was written {_ATTEMPTS} times while columns were added: stop its writers")
 
 
 def pending(found: DeltaTable, source: Source) -> Sequence[Migration]:

@@ -12,10 +12,10 @@ _END = "end of trees"
 
 
 def load(data: Data) -> Loaded:
-    """The model of a text file: [rows, n] float32, NaN for unknown, → probability or value.
+    """The model of a text file: [rows, n] float32, NaN for unknown, → probability or value; [rows, k] of k classes.
 
     Raises:
-        ModelError: the bytes are no such model, or one with several classes.
+        ModelError: the bytes are no such model.
     """
     import lightgbm
 
@@ -26,9 +26,6 @@ def load(data: Data) -> Loaded:
         booster = lightgbm.Booster(model_str=text)
     except (UnicodeDecodeError, lightgbm.basic.LightGBMError) as err:
         raise ModelError(f"{len(data)} bytes are no model of LightGBM ({err}): save it with `save_model`") from err
-    several = booster.num_model_per_iteration()
-    if several > 1:
-        raise ModelError(f"the trees give {several} numbers a row: one is served; train one model a class")
     columns = booster.num_feature()
 
     def run(x: F32) -> F32:

@@ -3,7 +3,7 @@
 Invariants
 - A file's name is never asked, and nothing is unpickled to find out.
 - What would run a stranger's code when it is read (pickles, TorchScript) is refused, with the way to save it instead.
-- A loaded model takes [rows, n] float32 and gives one float32 a row; one that gives more is refused.
+- A loaded model takes [rows, n] float32 and gives float32: [rows], or [rows, k] where it has k > 1 numbers a row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Loaded:
     kind: Kind
     """What it was."""
     run: Run
-    """[rows, n] float32 → [rows] float32."""
+    """[rows, n] float32 → [rows] float32, or [rows, k]."""
     columns: int | None = None
     """Inputs of a row; None: the file does not say."""
     names: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ def load(data: Data) -> Loaded:
     """The model of a file's bytes, tried on one row where the file says how wide that is.
 
     Raises:
-        ModelError: the bytes are no model, a damaged one, or one with several numbers a row.
+        ModelError: the bytes are no model, or a damaged one.
         MissingPackage: its library is not installed.
     """
     kind = kind_of(data)
@@ -128,34 +128,31 @@ def footprint(data: Data) -> int:
 
 
 def fitting(run: Callable[[F32], Any], columns: int | None) -> Run:
-    """`run` for rows of that width only: contiguous ones, and at least one; its answer as one float32 a row."""
+    """`run` for rows of that width only: contiguous ones, and at least one; its answer as `numbers_of` gives it."""
 
     def predict(x: F32) -> F32:
         if x.ndim != 2 or (columns is not None and x.shape[1] != columns):
             raise ModelError(f"the model takes [rows, {columns}] float32, not {list(x.shape)}: check the features")
         if not len(x):
             return np.empty(0, np.float32)
-        return one_a_row(run(np.ascontiguousarray(x, dtype=np.float32)), len(x))
+        return numbers_of(run(np.ascontiguousarray(x, dtype=np.float32)), len(x))
 
     return predict
 
 
-def one_a_row(answer: Any, rows: int) -> F32:
-    """An answer as [rows] float32.
+def numbers_of(answer: Any, rows: int) -> F32:
+    """An answer as [rows] float32, or [rows, k] where it has k > 1 numbers a row.
 
     Raises:
-        ModelError: it is not one number a row.
+        ModelError: it has neither shape.
     """
     p = np.asarray(answer)
     if p.shape == (rows, 1):
         p = p[:, 0]
-    if p.shape != (rows,):
-        several = (
-            f"{p.shape[1]} numbers a row" if p.ndim == 2 and len(p) == rows else f"{list(p.shape)} for {rows} rows"
-        )
+    if p.shape != (rows,) and (p.ndim != 2 or len(p) != rows or not p.shape[1]):
         raise ModelError(
-            f"the model gives {several}: one is served (a probability, or a value); wrap it so that it gives the one "
-            "that is wanted"
+            f"the model gives {list(p.shape)} for {rows} rows: [rows] is served, or [rows, k]; wrap it so that it "
+            "gives the numbers of each row side by side"
         )
     return p.astype(np.float32, copy=False)
 

@@ -26,7 +26,7 @@ from raymill.actors.gently import beside_traffic
 from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, KnownOnly, LoadedModel, Program, away
 from raymill.actors.residency import Resident, to_unload
-from raymill.actors.rollout import ModelSpec, from_user_config, generation
+from raymill.actors.rollout import ModelSpec, from_user_config, generation, odd_ones
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
 from raymill.runtime.errors import ModelError, RequestError, UnknownModel, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 _TRIAL_ROWS = (1, 2, 64)
 _MIB = 1 << 20
+MAX_OUTPUTS = 4096
+"""Numbers a row that a model may answer with: each answer is logged, and a batch of them is in memory at once."""
 
 
 @dataclass
@@ -67,6 +69,8 @@ class ModelSet:
     """Models of the configuration that is being applied."""
     _sizes: dict[str, int] = field(default_factory=dict)
     """Digest → memory of its program."""
+    _outputs: dict[str, int] = field(default_factory=dict)
+    """Digest → numbers a row that its program answers with."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever loads."""
 
@@ -161,6 +165,7 @@ class ModelSet:
         self.models, self.failures, self.generation = models, failures, generation(config)
         served = {r.digest for m in models.values() for r in m.routes}
         self._sizes = {digest: size for digest, size in self._sizes.items() if digest in served}
+        self._outputs = {digest: k for digest, k in self._outputs.items() if digest in served}
         self.used_s = {name: at for name, at in self.used_s.items() if name in models}
 
     def _load(self, spec: ModelSpec, before: LoadedModel | None) -> tuple[LoadedModel | None, dict[int, str]]:
@@ -174,14 +179,20 @@ class ModelSet:
         failed: dict[int, str] = {}
         for route in spec.routes:
             try:
-                programs[route.version] = self._program(spec, route.digest)
+                program = self._program(spec, route.digest)
+                _check_outputs(spec, self._outputs[route.digest])
+                programs[route.version] = program
             except NotThere:
                 if before is None:  # a replica that starts without the registry has nothing to go on with
                     raise
                 failed[route.version] = "the registry does not answer"
             except (Exception, SystemExit) as err:  # noqa: BLE001 - whatever a bad program raises, it must not take traffic
                 failed[route.version] = f"{type(err).__name__}: {err}"
-        return LoadedModel(spec, programs, reader, self.attempts), failed
+        outputs, odd = odd_ones(
+            spec, {r.version: self._outputs[r.digest] for r in spec.routes if r.version in programs}
+        )
+        programs = {version: program for version, program in programs.items() if version not in odd}
+        return LoadedModel(replace(spec, outputs=outputs), programs, reader, self.attempts), failed | odd
 
     def _program(self, spec: ModelSpec, digest: str, *, again: bool = False) -> Program:
         """The program of a digest: the one that is here, also as one that is away unless `again`; else loaded."""
@@ -194,8 +205,8 @@ class ModelSet:
         size = self.measure(data)
         self._make_room(spec, size)
         with self.guard(spec, digest, data), beside_traffic():
-            program = self._warm(spec, self.load(data))
-        self._sizes[digest] = size
+            program, outputs = self._warm(spec, self.load(data))
+        self._sizes[digest], self._outputs[digest] = size, outputs
         return program
 
     def _make_room(self, spec: ModelSpec, coming_bytes: int) -> None:
@@ -224,25 +235,40 @@ class ModelSet:
                 reader.vectors(row, np.full(1, LATEST_AT, dtype=np.int64))
         return reader
 
-    def _warm(self, spec: ModelSpec, program: Program) -> Program:
-        """A trial: zeros and unknowns, several sizes; what answers them wrongly is refused.
+    def _warm(self, spec: ModelSpec, program: Program) -> tuple[Program, int]:
+        """A trial: zeros and unknowns, several sizes; what answers them wrongly is refused. Tells the numbers a row.
 
         A model without a plan need not know what to do with unknowns: callers are then told, before it is asked.
         """
-        known_only = False
+        known_only, outputs = False, 0
         for rows in _TRIAL_ROWS:
             x = np.zeros((rows, len(spec.inputs)), dtype=np.float32)
-            _check_answer(program(x), rows)
+            p = program(x)
+            outputs = outputs or (p.shape[1] if p.ndim == 2 else 1)
+            _check_answer(p, rows, outputs)
             x[rows // 2 :] = np.nan
             try:
-                _check_answer(program(x), rows)
+                _check_answer(program(x), rows, outputs)
             except Exception:  # what a user's program makes of unknowns may be anything
                 if spec.plan is not None:
                     raise
                 known_only = True
-        return KnownOnly(program) if known_only else program
+        return (KnownOnly(program) if known_only else program), outputs
 
 
-def _check_answer(p: Any, rows: int) -> None:
-    if p.shape != (rows,) or p.dtype != np.float32 or not bool(np.isfinite(p).all()):
-        raise ModelError(f"a trial batch of {rows} rows got {p.dtype}{list(p.shape)} {p[:2]}: not probabilities")
+def _check_outputs(spec: ModelSpec, outputs: int) -> None:
+    if outputs > 1 and spec.plan is not None:
+        raise ModelError(
+            f"it answers with {outputs} numbers a row, and a pipeline's model with one, which threshold, gate and "
+            "monitor weigh: serve it alone, `raymill serve FILE`"
+        )
+    if outputs > MAX_OUTPUTS:
+        raise ModelError(f"it answers with {outputs} numbers a row, {MAX_OUTPUTS} may be: have it give those wanted")
+
+
+def _check_answer(p: Any, rows: int, outputs: int) -> None:
+    shape = (rows,) if outputs == 1 else (rows, outputs)
+    if p.shape != shape or p.dtype != np.float32 or not bool(np.isfinite(p).all()):
+        raise ModelError(
+            f"a trial batch of {rows} rows got {p.dtype}{list(p.shape)} {p[:2]}: not finite float32 {list(shape)}"
+        )

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Program = Callable[[Floats], Floats]
-"""[rows, n] float32 → probability [rows] float32."""
+"""[rows, n] float32 → probability [rows] float32, or [rows, k] of a model with k > 1 numbers a row."""
 
 
 def away(x: Floats) -> Floats:
@@ -60,7 +60,7 @@ class Log(Protocol):
     """Takes down what is answered."""
 
     def record(self, scored: Scored, shadows: list[Scored]) -> tuple[npt.NDArray[np.int64], Floats]:
-        """Versions and probabilities to answer with: the logged ones for ids that are known."""
+        """Versions and answers to give: the logged ones for ids that are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +91,7 @@ class Answer:
     ids: list[str]
     versions: npt.NDArray[np.int64]
     p: Floats
+    """[rows], or [rows, k]."""
     errors: Mapping[int, RaymillError] = field(default_factory=dict)
     """Place of a row of callers apart → why it has no answer; what stands there otherwise means nothing."""
 
@@ -318,6 +319,8 @@ class LoadedModel:
         for route in (r for r in self.routes if r.role is Role.SHADOW):
             try:
                 p = self._run(route, answered.x)
+                if p.shape != answered.p.shape:
+                    raise ModelError(f"version {route.version} answers {list(p.shape)} for {len(answered.ids)} rows")
             except ModelError as err:  # a shadow's failure is nobody's answer
                 _log.warning("shadow: %s", err)
                 continue

@@ -1,8 +1,8 @@
 """The Open Inference Protocol, version 2, over HTTP: its documents and tensors, pure.
 
-A model takes one FP32 tensor `[-1, n]`, the ready feature vector, and gives one FP32 tensor `[-1]`, named after the
-label. Tensors travel as JSON or by the binary extension: JSON first, its length in `Inference-Header-Content-Length`,
-raw little-endian data after it.
+A model takes one FP32 tensor `[-1, n]`, the ready feature vector, and gives one FP32 tensor, named after the label:
+`[-1]`, or `[-1, k]` where it has k > 1 numbers a row. Tensors travel as JSON or by the binary extension: JSON first,
+its length in `Inference-Header-Content-Length`, raw little-endian data after it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy.typing as npt
 import orjson
 
 from raymill.actors.rollout import ModelSpec
-from raymill.actors.wire import MAX_REQUEST_ROWS
-from raymill.runtime.errors import RequestError, TooLarge
+from raymill.actors.wire import check_count
+from raymill.runtime.errors import RequestError
 from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
 
 VERSION = "0.1.0"
@@ -61,8 +61,13 @@ def model_metadata(spec: ModelSpec, versions: Sequence[int]) -> dict[str, Any]:
         "versions": [str(v) for v in versions],
         "platform": PLATFORM,
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, len(spec.inputs)]}],
-        "outputs": [{"name": spec.label, "datatype": "FP32", "shape": [-1]}],
+        "outputs": [{"name": spec.label, "datatype": "FP32", "shape": output_shape(-1, spec)}],
     }
+
+
+def output_shape(rows: int, spec: ModelSpec) -> list[int]:
+    """Shape of the output tensor."""
+    return [rows] if spec.outputs == 1 else [rows, spec.outputs]
 
 
 def read_infer(body: bytes, json_length: str | None, spec: ModelSpec) -> Infer:
@@ -101,16 +106,17 @@ def infer_of(x: npt.NDArray[np.float32], request_id: str | None, binary: bool) -
 
 def write_infer(spec: ModelSpec, infer: Infer, version: int, p: npt.NDArray[np.float32]) -> tuple[bytes, int | None]:
     """The answer's body, and the length of its JSON if raw data follows it."""
-    output: dict[str, Any] = {"name": spec.label, "datatype": "FP32", "shape": [len(p)]}
+    shape, p = ([len(p)], p) if p.ndim == 1 else (list(p.shape), p.ravel())
+    output: dict[str, Any] = {"name": spec.label, "datatype": "FP32", "shape": shape}
     document: dict[str, Any] = {"model_name": spec.name, "model_version": str(version)}
     if infer.request_id is not None:
         document["id"] = infer.request_id
     document["parameters"] = {"prediction_id": infer.prediction_id}
     document["outputs"] = [output]
-    raw = p.astype("<f4").tobytes()
     if not infer.binary:
         output["data"] = p.astype(np.float64).tolist()
         return orjson.dumps(document), None
+    raw = p.astype("<f4").tobytes()
     output["parameters"] = {"binary_data_size": len(raw)}
     head = orjson.dumps(document)
     return head + raw, len(head)
@@ -157,8 +163,7 @@ def check_shape(shape: Any, spec: ModelSpec) -> tuple[int, int]:
     width = len(spec.inputs)
     if not isinstance(shape, list) or [type(s) for s in shape] != [int, int] or shape[1] != width or shape[0] < 1:
         raise RequestError(f"the input's shape is {shape}: model {spec.name!r} takes [rows, {width}], at least one row")
-    if shape[0] > MAX_REQUEST_ROWS:
-        raise TooLarge(f"{shape[0]} rows in one request, {MAX_REQUEST_ROWS} may be: split them over several requests")
+    check_count(shape[0], spec)
     return shape[0], width
 
 

@@ -98,14 +98,14 @@ def read_infer(request: ModelInferRequest, spec: ModelSpec) -> Infer:
 
 
 def write_infer(spec: ModelSpec, infer: Infer, version: int, p: npt.NDArray[np.float32]) -> ModelInferResponse:
-    """The answer of probabilities [rows]."""
+    """The answer [rows], or [rows, k]."""
     response = ModelInferResponse(model_name=spec.name, model_version=str(version), id=infer.request_id or "")
     response.parameters["prediction_id"].string_param = infer.prediction_id
-    output = response.outputs.add(name=spec.label, datatype="FP32", shape=[len(p)])
+    output = response.outputs.add(name=spec.label, datatype="FP32", shape=p.shape)
     if infer.binary:
         response.raw_output_contents.append(p.astype("<f4").tobytes())
     else:
-        output.contents.fp32_contents.extend(p.tolist())
+        output.contents.fp32_contents.extend(p.ravel().tolist())
     return response
 
 

@@ -13,8 +13,8 @@ _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 def load(data: Data) -> Loaded:
     """The program of a graph with one float input [rows, n].
 
-    Its answer is the float output of one number a row; of a classifier as skl2onnx writes it (a label, and two
-    probabilities) it is the second one's.
+    Its answer is the float output, [rows] or [rows, k]; of a classifier as skl2onnx writes it (a label, and two
+    probabilities) it is the second one's, of more classes all of them.
 
     Raises:
         ModelError: the bytes are no graph, or it has other inputs or outputs.
@@ -53,18 +53,16 @@ def _input(inputs: list[Any]) -> tuple[str, int | None]:
 
 
 def _output(outputs: list[Any]) -> tuple[str, int | None]:
-    """Name of the output that answers, and which of its columns; None: it has one."""
+    """Name of the output that answers, and which of its columns; None: all of them."""
     told = ", ".join(f"{o.name} {o.type} {o.shape}" for o in outputs)
     if any(o.type.startswith("seq(") for o in outputs):
         raise ModelError(f"the graph gives {told}: convert it with options={{'zipmap': False}}")
     floats = [o for o in outputs if o.type in ("tensor(float)", "tensor(double)")]
     labels = [o for o in outputs if o.type in ("tensor(int64)", "tensor(string)")]
     if len(floats) != 1 or len(outputs) != len(floats) + len(labels):
-        raise ModelError(f"the graph gives {told}: one float output of one number a row is served")
+        raise ModelError(f"the graph gives {told}: one float output, [rows] or [rows, k], is served")
     width = floats[0].shape[1] if len(floats[0].shape) == 2 else 1
-    if (isinstance(width, int) and width > 2) or (width == 2 and not labels):
-        raise ModelError(f"the graph gives {told}: several numbers a row, and one is served")
-    return floats[0].name, 1 if width == 2 else None
+    return floats[0].name, 1 if width == 2 and labels else None
 
 
 def _short(err: Exception) -> str:

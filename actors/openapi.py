@@ -105,6 +105,10 @@ def example_row(spec: ModelSpec) -> dict[str, Any]:
     return {name: _EXAMPLES[spec.columns[name].dtype] for name in spec.required}
 
 
+def _example_answer(spec: ModelSpec) -> Any:
+    return 0.25 if spec.outputs == 1 else [0.25] * spec.outputs
+
+
 def _predict(spec: ModelSpec, key: str) -> dict[str, Any]:
     rows = {"type": "array", "minItems": 1, "maxItems": wire.MAX_REQUEST_ROWS, "items": parts.ref(f"{key}.Row")}
     body = {
@@ -117,7 +121,7 @@ def _predict(spec: ModelSpec, key: str) -> dict[str, Any]:
     answer = {
         "model": spec.name,
         "version": 1,
-        "predictions": [{"id": "01M86N3V9K5W0F2Q7XJ4T8RB6D", spec.label: 0.25, "version": 1}],
+        "predictions": [{"id": "01M86N3V9K5W0F2Q7XJ4T8RB6D", spec.label: _example_answer(spec), "version": 1}],
     }
     return {
         "operationId": f"predict-{key}",
@@ -142,7 +146,9 @@ def _predict(spec: ModelSpec, key: str) -> dict[str, Any]:
                 "description": "Answers in the order of the rows; an Arrow stream if that was sent.",
                 "content": {
                     JSON: {"schema": parts.ref(f"{key}.Answer"), "examples": {"one row": {"value": answer}}},
-                    ARROW: {"schema": {"description": "Columns id string, version int64, p float32."}},
+                    ARROW: {
+                        "schema": {"description": f"Columns id string, version int64, p {wire.type_of(spec.outputs)}."}
+                    },
                 },
             },
             **parts.refs_to_errors(_PREDICTING),
@@ -163,7 +169,7 @@ def _infer(spec: ModelSpec, key: str) -> dict[str, Any]:
     }
     width = len(spec.inputs)
     tensor = {"name": oip.INPUT, "datatype": "FP32", "shape": [1, width], "data": [0.0] * width}
-    output = {"name": spec.label, "datatype": "FP32", "shape": [1], "data": [0.25]}
+    output = {"name": spec.label, "datatype": "FP32", "shape": oip.output_shape(1, spec), "data": [0.25] * spec.outputs}
     answer = {
         "model_name": spec.name,
         "model_version": "1",
@@ -174,7 +180,8 @@ def _infer(spec: ModelSpec, key: str) -> dict[str, Any]:
         "operationId": f"infer-{key}",
         "tags": ["predict"],
         "summary": f"{spec.name}: `{spec.label}` of ready vectors, by the Open Inference Protocol",
-        "description": f"Inputs, in order: {', '.join(f'`{n}`' for n in spec.inputs)}.",
+        "description": f"Inputs, in order: {', '.join(f'`{n}`' for n in spec.inputs)}. "
+        f"The output has shape {oip.output_shape(-1, spec)}.",
         "parameters": [*parts.common_headers(), parts.length_header()],
         "requestBody": {
             "required": True,

@@ -46,10 +46,13 @@ def _column(form: ColumnForm) -> dict[str, Any]:
 
 def answer_schema(spec: ModelSpec) -> dict[str, Any]:
     """The answer to rows."""
+    number: dict[str, Any] = {"type": "number"}
+    if spec.outputs > 1:
+        number = {"type": "array", "items": number, "minItems": spec.outputs, "maxItems": spec.outputs}
     prediction = {
         "type": "object",
         "required": ["id", spec.label, "version"],
-        "properties": {"id": _ID, spec.label: {"type": "number"}, "version": {"type": "integer"}},
+        "properties": {"id": _ID, spec.label: number, "version": {"type": "integer"}},
     }
     return {
         "type": "object",

@@ -2,7 +2,8 @@
 
 A frame is one batch of answers, made in a few µs while callers wait; the table is made when it is shipped. Layout,
 little-endian: magic, length of the head, length of the body, CRC-32 of both; the head in JSON; the body, which is
-x float32 [rows, width], p float32 [rows], at int64 [rows], version int64 [rows].
+x float32 [rows, width], p float32 [rows] (of a model with k > 1 numbers a row [rows, k], k the head's `outputs`),
+at int64 [rows], version int64 [rows].
 
 Invariant: what `decode` gives is whole frames only; it ends where a frame is torn or damaged.
 """
@@ -34,8 +35,10 @@ SCHEMA = pa.schema(
         ("p", pa.float32()),
         ("wall_s", pa.float64()),
         ("replica", pa.string()),
+        ("scores", pa.list_(pa.float32())),
     ]
 )
+"""`p` is the answer of one number, `scores` that of more; the other one of them is null."""
 _FRAME = struct.Struct("<4sIII")
 _MAGIC = b"rmp1"
 _SHARED = {"role": "roles", "key": "keys", "row": "rows"}
@@ -55,6 +58,7 @@ class Scored:
     texts: list[bytes | None]
     x: npt.NDArray[np.float32]
     p: npt.NDArray[np.float32]
+    """[rows], or [rows, k]."""
 
     def take(self, places: list[int]) -> Scored:
         """Only the rows at `places`."""
@@ -83,6 +87,8 @@ def encode(scored: Scored, replica: str, wall_s: float) -> bytes:
         "keys": scored.keys,
         "rows": [None if t is None else t.decode() for t in scored.texts],
     }
+    if scored.p.ndim == 2:
+        head["outputs"] = scored.p.shape[1]
     for name in _SHARED.values():
         values = head[name]
         if values.count(values[0]) == len(values):
@@ -108,7 +114,8 @@ def decode(data: bytes) -> pa.Table:
         rows = len(head["ids"])
         at = 0
         for name, kind, count in (
-            ("x", "<f4", rows * head["width"]), ("p", "<f4", rows), ("at", "<i8", rows), ("version", "<i8", rows)
+            ("x", "<f4", rows * head["width"]), ("p", "<f4", rows * head.get("outputs", 1)), ("at", "<i8", rows),
+            ("version", "<i8", rows),
         ):  # fmt: skip
             parts[name].append(np.frombuffer(body, kind, count, at))
             at += parts[name][-1].nbytes
@@ -116,18 +123,38 @@ def decode(data: bytes) -> pa.Table:
         return SCHEMA.empty_table()
     counts = np.array([len(head["ids"]) for head in heads])
     whole = {name: np.concatenate(found) for name, found in parts.items()}
-    offsets = np.zeros(counts.sum() + 1, np.int32)
-    np.cumsum(np.repeat([head["width"] for head in heads], counts), out=offsets[1:])
+    widths = np.repeat([head["width"] for head in heads], counts)
     arrays = {name: _column(name, heads, counts) for name in ("model", "wall_s", "replica")}
     arrays |= {name: _column(name, heads, counts, given) for name, given in _SHARED.items()}
     arrays |= {
         "id": pa.array(list(chain.from_iterable(head["ids"] for head in heads)), pa.string()),
-        "x": pa.ListArray.from_arrays(pa.array(offsets), pa.array(whole["x"], pa.float32())),
-        "p": pa.array(whole["p"], pa.float32()),
+        "x": pa.ListArray.from_arrays(pa.array(_offsets(widths)), pa.array(whole["x"], pa.float32())),
         "at": pa.array(whole["at"], pa.int64()).view(SCHEMA.field("at").type),
         "version": pa.array(whole["version"], pa.int64()),
     }
+    arrays |= _answers(whole["p"], np.repeat([head.get("outputs", 1) for head in heads], counts))
     return pa.table([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _answers(numbers: npt.NDArray[np.float32], outputs: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    """`p` and `scores` of rows whose answers lie one after the other, so many numbers each."""
+    several = outputs > 1
+    if not several.any():
+        return {"p": pa.array(numbers, pa.float32()), "scores": pa.nulls(len(outputs), SCHEMA.field("scores").type)}
+    first = np.cumsum(outputs) - outputs
+    offsets = pa.array(_offsets(np.where(several, outputs, 0)))
+    scores = pa.array(numbers[np.repeat(several, outputs)], pa.float32())
+    return {
+        "p": pa.array(numbers[first], pa.float32(), mask=several),
+        "scores": pa.ListArray.from_arrays(offsets, scores, mask=pa.array(~several)),
+    }
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Where lists of these lengths begin, and the end."""
+    found = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=found[1:])
+    return found
 
 
 def _column(

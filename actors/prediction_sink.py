@@ -45,6 +45,8 @@ class LakeSink:
         self._vectors_are_new = vectors_are_new
         self._lock = lock
         self._observe = observe
+        self._whole: set[Lake] = set()
+        """Lakes whose table has every column."""
 
     def ship(self, segment: str, rows: pa.Table) -> None:
         """Append what is new of the segment; the monitor first, since the append is what marks it as done."""
@@ -58,6 +60,9 @@ class LakeSink:
     def _append(self, lake: Lake, segment: str, rows: pa.Table) -> None:
         if lake.version(TABLE) is None:
             lake.append(TABLE, rows.slice(0, 0), batch_id="created", by="at")
+        if lake not in self._whole:
+            lake.add_columns(TABLE, rows.schema)  # of a table that an older raymill made
+            self._whole.add(lake)
         while not lake.has_batch(TABLE, segment):
             version = lake.version(TABLE)
             fresh = self._fresh(lake, version, rows)

@@ -37,6 +37,7 @@ SHIP_AT_ONCE_ROWS = 250_000  # 50 MB or so, as Arrow
 SHIP_AFTER_S = 5.0
 KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying: a retry finds its answer though it was shipped
 REMEMBERED = 131_072  # answers a replica remembers per model, about 30 s of full load
+REMEMBERED_NUMBERS = 16 << 20  # numbers in them, where a model has many a row
 _TICK_S = 0.25
 _LOCK, _OPEN, _SHIPPED = "lock", ".frames", ".shipped"
 
@@ -95,7 +96,9 @@ class PredictionLog:
         self._held.close()
 
     def record(self, scored: Scored, shadows: list[Scored]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Log a batch; return the versions and probabilities to answer with (the logged ones for ids known).
+        """Log a batch; return the versions and answers to give (the logged ones for ids known).
+
+        An id whose logged answer has another number of numbers (a version of that form is live since) is answered anew.
 
         Raises:
             StoreError: the spool can not be written; nothing of the batch may be answered.
@@ -105,6 +108,8 @@ class PredictionLog:
         named = scored.texts.count(None) < len(scored.texts)
         known = recent.known(scored.ids) if named else {}
         versions, p = scored.versions, scored.p
+        if known:
+            known = {i: kept for i, kept in known.items() if np.shape(kept[1]) == p.shape[1:]}
         if known:
             fresh = [i for i in range(len(scored.ids)) if i not in known]
             versions, p = versions.copy(), p.copy()
@@ -116,7 +121,8 @@ class PredictionLog:
             frames = [encode(s, self._replica, wall_s) for s in (scored, *shadows)]
             self._append(frames, sum(len(s.ids) for s in (scored, *shadows)))
             if named:
-                recent.add(zip(scored.ids, zip(scored.versions.tolist(), scored.p.tolist(), strict=True), strict=True))
+                answers = scored.p.tolist() if scored.p.ndim == 1 else list(scored.p.copy())
+                recent.add(zip(scored.ids, zip(scored.versions.tolist(), answers, strict=True), strict=True))
         return versions, p
 
     def flush(self) -> bool:
@@ -147,11 +153,11 @@ class PredictionLog:
                 break
         for rows in reversed(found):  # the newest are forgotten last
             rows = rows.filter(rows.column("row").is_valid())
-            columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "role")]
-            for model, name, version, p, role in zip(*columns, strict=True):
+            columns = [rows.column(c).to_pylist() for c in ("model", "id", "version", "p", "scores", "role")]
+            for model, name, version, p, scores, role in zip(*columns, strict=True):
                 recent = self._recent.setdefault(model, _Recent())
                 if role != "shadow" and not recent.known([name]):
-                    recent.add([(name, (version, p))])
+                    recent.add([(name, (version, p if scores is None else np.array(scores, np.float32)))])
 
     def _run(self) -> None:
         look_at = 0.0
@@ -229,26 +235,32 @@ def _is_full(rows: int, age_s: float) -> bool:
     return age_s >= SHIP_AFTER_S or (age_s >= SHIP_APART_S and rows >= SHIP_ROWS) or rows >= SHIP_AT_ONCE_ROWS
 
 
+_Kept = tuple[int, float | npt.NDArray[np.float32]]
+"""A version and its answer."""
+
+
 class _Recent:
-    """The newest answers of a model, at least `REMEMBERED` of them, by id.
+    """The newest answers of a model, at least `REMEMBERED` of them, or `REMEMBERED_NUMBERS` numbers, by id.
 
     Two generations: the older one is dropped whole, since a dict that loses its first entries one by one is searched
     from its beginning each time.
     """
 
     def __init__(self) -> None:
-        self._young: dict[str, tuple[int, float]] = {}
-        self._old: dict[str, tuple[int, float]] = {}
+        self._young: dict[str, _Kept] = {}
+        self._old: dict[str, _Kept] = {}
 
-    def known(self, ids: list[str]) -> dict[int, tuple[int, float]]:
-        """Version and probability of those that were answered, by their place."""
+    def known(self, ids: list[str]) -> dict[int, _Kept]:
+        """Version and answer of those that were answered, by their place."""
         young, old = self._young, self._old
         return {i: young.get(name) or old[name] for i, name in enumerate(ids) if name in young or name in old}
 
-    def add(self, answers: Iterable[tuple[str, tuple[int, float]]]) -> None:
-        """Remember these."""
+    def add(self, answers: Iterable[tuple[str, _Kept]]) -> None:
+        """Remember these; answers of one model have one size."""
         self._young.update(answers)
-        if len(self._young) >= REMEMBERED:
+        newest = next(reversed(self._young.values()))[1] if self._young else 0.0
+        most = REMEMBERED if isinstance(newest, float) else min(REMEMBERED, REMEMBERED_NUMBERS // newest.size)
+        if len(self._young) >= most:
             self._old, self._young = self._young, {}
 
 

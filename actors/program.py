@@ -1,8 +1,9 @@
 """A trained model as a program: imputation, standardisation, net and sigmoid in one `torch.export` archive.
 
 A program takes [rows, n] float32, where what is not finite counts as unknown, and returns [rows] float32
-probabilities; the number of rows is free. It loads without the user's class. The logistic baseline is a program
-of the same kind, so that whoever runs one runs the other.
+probabilities (one that was made elsewhere may have several numbers a row, [rows, k]); the number of rows is free. It
+loads without the user's class. The logistic baseline is a program of the same kind, so that whoever runs one runs the
+other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymill.actors.model_files import Data, Kind, Loaded, one_a_row
+from raymill.actors.model_files import Data, Kind, Loaded, numbers_of
 from raymill.actors.scores import auc, log_loss
 from raymill.actors.training_data import columns_of
 from raymill.runtime.errors import ModelError, SpecError, TrainingError
@@ -185,7 +186,7 @@ def _read(data: Data) -> tuple[Program, int]:
             rows = rows.copy()
         with torch.inference_mode():
             try:
-                p = one_a_row(run(torch.from_numpy(rows)).numpy(), len(rows))
+                p = numbers_of(run(torch.from_numpy(rows)).numpy(), len(rows))
             except AssertionError as err:  # what the trace took for fixed, the number of rows first of all
                 raise ModelError(
                     f"the program does not take {list(x.shape)} ({' '.join(str(err).split())[:200]}): export it with a "

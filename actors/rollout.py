@@ -92,6 +92,8 @@ class ModelSpec:
     """What the programs of all models of a replica may take in memory; where models differ, the largest counts."""
     p99_ms: float = 50.0
     """Latency wanted of 99 of 100 requests."""
+    outputs: int = 1
+    """Numbers that it answers a row with; nobody declares it, loaded versions tell."""
 
 
 def spec_of(
@@ -220,6 +222,28 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
         memory_mib=int(m.get("memory_mib", 2048)),
         p99_ms=float(m.get("p99_ms", 50.0)),
     )
+
+
+def odd_ones(spec: ModelSpec, outputs: Mapping[int, int]) -> tuple[int, dict[int, str]]:
+    """Numbers a row that the model answers with, and the versions that answer with another number, with the reason.
+
+    The live version is right (the one with the largest share); where none is loaded, the first that is.
+
+    Args:
+        spec: the model.
+        outputs: version → numbers a row, of those that are loaded.
+    """
+    loaded = [r for r in spec.routes if r.version in outputs]
+    first = max(loaded, key=lambda r: (r.role is Role.LIVE, r.weight), default=None)
+    if first is None:
+        return 1, {}
+    wanted = outputs[first.version]
+    beside = (
+        f"version {first.version} beside it with {wanted}, and callers may meet either: serve it by another name, or "
+        "promote it at once"
+    )
+    odd = {v: f"it answers with {k} numbers a row, {beside}" for v, k in outputs.items() if k != wanted}
+    return wanted, odd
 
 
 def generation(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raymill.actors.model_files import F32, Data, Kind, Loaded
+from raymill.actors.model_files import F32, Data, Kind, Loaded, numbers_of
 from raymill.actors.tree_walk import FEW_ROWS, walk_of
 from raymill.runtime.errors import ModelError
 
@@ -18,8 +18,10 @@ from raymill.runtime.errors import ModelError
 def load(data: Data) -> Loaded:
     """The program of a model file: [rows, n] float32, NaN for unknown, → probability or value [rows] float32.
 
+    Of several classes or targets it gives [rows, k].
+
     Raises:
-        ModelError: the bytes are no such model; or, from the program, it gives more than one number a row.
+        ModelError: the bytes are no such model; or, from the program, its answer is of another form.
     """
     import xgboost
 
@@ -79,9 +81,10 @@ class _Call:
                 )
             except self._error as err:
                 raise ModelError(f"XGBoost does not predict with this model ({_told(err)}): trees are served") from err
-            if self._dimensions.value != 1:
-                raise ModelError(f"the trees give {self._shape[1]} numbers a row: one is served")
-            return np.ctypeslib.as_array(self._found, (rows,)).copy()
+            if self._dimensions.value == 1:
+                return np.ctypeslib.as_array(self._found, (rows,)).copy()
+            shape = tuple(self._shape[i] for i in range(self._dimensions.value))
+            return numbers_of(np.ctypeslib.as_array(self._found, shape).copy(), rows)
 
 
 def _told(err: Exception) -> str:

@@ -22,6 +22,8 @@ from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 MAX_REQUEST_ROWS = 65_536
 MAX_BODY_BYTES = 64 << 20
+MAX_ANSWER_NUMBERS = 16 << 20
+"""Numbers in one answer, 64 MiB as FP32; with up to 256 numbers a row all rows of a request have room."""
 TIMESTAMP = pa.timestamp("us", "UTC")
 EARLIEST_AT = -2_208_988_800_000_000  # 1900: moments outside 1900–2200 are seconds or nanoseconds by mistake
 LATEST_AT = 7_258_118_400_000_000
@@ -70,7 +72,7 @@ def read_json(body: bytes, model: ModelSpec, now_us: int) -> Rows:
         TooLarge: more than `MAX_REQUEST_ROWS` rows.
     """
     rows, at = objects_of(body)
-    _check_count(len(rows))
+    check_count(len(rows), model)
     if set(map(type, rows)) != {dict}:
         raise RequestError("every row of 'rows' must be an object {column: value, …}")
     moments = [row.get("at") for row in rows]
@@ -124,7 +126,7 @@ def read_arrow(body: bytes, model: ModelSpec, now_us: int, at: str | None = None
         ContractError: a column is missing, strange or of another type.
         TooLarge: more than `MAX_REQUEST_ROWS` rows.
     """
-    return rows_of_table(_read_stream(body), model, now_us, at)
+    return rows_of_table(_read_stream(body, model), model, now_us, at)
 
 
 def rows_of_table(
@@ -173,7 +175,10 @@ def check_schema(schema: pa.Schema, model: ModelSpec) -> None:
 
 
 def write_json(model: ModelSpec, ids: Sequence[str], versions: npt.NDArray[np.int64], p: npt.NDArray[Any]) -> bytes:
-    """The answer as `{"model", "version", "predictions": [{"id", <label>, "version"}]}`; one `version` if uniform."""
+    """The answer as `{"model", "version", "predictions": [{"id", <label>, "version"}]}`; one `version` if uniform.
+
+    What stands at the label is a number, or a list of k where the model has k > 1 numbers a row.
+    """
     label = model.label
     numbers = versions.tolist()
     document: dict[str, Any] = {"model": model.name}
@@ -187,10 +192,23 @@ def write_json(model: ModelSpec, ids: Sequence[str], versions: npt.NDArray[np.in
 
 
 def write_arrow(model: ModelSpec, ids: Sequence[str], versions: npt.NDArray[np.int64], p: npt.NDArray[Any]) -> bytes:
-    """The answer as an Arrow IPC stream of `id`, `version`, `p` (float32); metadata names model and label."""
-    batch = pa.record_batch([pa.array(ids, pa.string()), pa.array(versions), pa.array(p)], names=["id", "version", "p"])
+    """The answer as an Arrow IPC stream of `id`, `version`, `p` (`column_of`); metadata names model and label."""
+    columns = [pa.array(ids, pa.string()), pa.array(versions), column_of(p)]
+    batch = pa.record_batch(columns, names=["id", "version", "p"])
     batch = batch.replace_schema_metadata({"model": model.name, "label": model.label})
     return write_stream(pa.Table.from_batches([batch]))
+
+
+def column_of(p: npt.NDArray[Any]) -> pa.Array:
+    """Answers as a column: float32, or lists of k float32 where there are k > 1 numbers a row."""
+    if p.ndim == 1:
+        return pa.array(p)
+    return pa.FixedSizeListArray.from_arrays(pa.array(p.ravel()), p.shape[1])
+
+
+def type_of(outputs: int) -> pa.DataType:
+    """Type of what `column_of` gives for so many numbers a row."""
+    return pa.float32() if outputs == 1 else pa.list_(pa.float32(), outputs)
 
 
 def write_stream(table: pa.Table) -> bytes:
@@ -199,6 +217,20 @@ def write_stream(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(memoryview(sink.getvalue()))
+
+
+def check_count(count: int, model: ModelSpec) -> None:
+    """Refuse a request of no rows, or of too many.
+
+    Raises:
+        RequestError: there are none.
+        TooLarge: more than `MAX_REQUEST_ROWS`, or than `MAX_ANSWER_NUMBERS` in the answer.
+    """
+    if count == 0:
+        raise RequestError("there are no rows: send at least one")
+    if count > MAX_REQUEST_ROWS or count * model.outputs > MAX_ANSWER_NUMBERS:
+        most = min(MAX_REQUEST_ROWS, MAX_ANSWER_NUMBERS // model.outputs)
+        raise TooLarge(f"{count} rows in one request, {most} may be: split them over several requests")
 
 
 def parse_at(value: object, now_us: int) -> int:
@@ -229,13 +261,6 @@ def _keys(typed: dict[str, Any], key: tuple[str, ...], count: int) -> list[str |
 
 def _plain(column: Any) -> list[Any]:
     return (column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist()
-
-
-def _check_count(count: int) -> None:
-    if count == 0:
-        raise RequestError("there are no rows: send at least one")
-    if count > MAX_REQUEST_ROWS:
-        raise TooLarge(f"{count} rows in one request, {MAX_REQUEST_ROWS} may be: split them over several requests")
 
 
 def _checked_ids(ids: list[Any] | None, count: int) -> list[str]:
@@ -345,7 +370,7 @@ def _is_kin(given: pa.DataType, dtype: str) -> bool:
     return t.is_null(given) or kin[dtype]
 
 
-def _read_stream(body: bytes) -> pa.Table:
+def _read_stream(body: bytes, model: ModelSpec) -> pa.Table:
     batches, count = [], 0
     try:
         with pa.ipc.open_stream(body) as reader:
@@ -356,7 +381,7 @@ def _read_stream(body: bytes) -> pa.Table:
                     break
                 batch.validate(full=True)
                 batches.append(batch)
-        _check_count(count)
+        check_count(count, model)
         return pa.Table.from_batches(batches, schema)
     except (pa.ArrowException, OSError, EOFError, ValueError, TypeError, KeyError) as err:
         raise RequestError(

@@ -114,7 +114,7 @@ class Client:
             version: version that is to answer; absent: as the weights say.
 
         Returns:
-            Columns `id` string, `version` int64, `p` float32.
+            Columns `id` string, `version` int64, `p` float32; of a model with k > 1 numbers a row lists of k float32.
 
         Raises:
             RaymillError: of the kind that the endpoint told; `Unavailable` if it could not be reached in time.

@@ -60,7 +60,7 @@ class Lineage:
     """The way back from one prediction."""
 
     prediction: dict[str, Any]
-    """Its row of the log: id, model, version, role, at, key, row, p, wall_s, replica."""
+    """Its row of the log: id, model, version, role, at, key, row, p, wall_s, replica, scores."""
     features: dict[str, dict[str, Any]]
     """Feature → `value` it had (null: unknown) and `hash` of its definition when the model was trained."""
     version: dict[str, Any]

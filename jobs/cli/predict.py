@@ -99,9 +99,13 @@ def _ask(model: str, rows: str, at: str | None, version: int | None, url: str | 
         answers = client.predict(model, asked, at=at, version=version).to_pylist()
 
     def human() -> None:
-        table(model, ["id", "version", "p"], [[a["id"], a["version"], f"{a['p']:.4f}"] for a in answers])
+        table(model, ["id", "version", "p"], [[a["id"], a["version"], _numbers(a["p"])] for a in answers])
 
     emit(answers, as_json, human)
+
+
+def _numbers(p: float | list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in (p if isinstance(p, list) else [p]))
 
 
 def _run(

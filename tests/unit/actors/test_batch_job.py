@@ -445,6 +445,7 @@ def onnx_model():
 KINDS = {
     "xgboost": lambda: bytes(xgboost.train({"nthread": 1}, xgboost.DMatrix(X, X[:, 0]), 4).save_raw("ubj")),
     "lightgbm": lambda: lightgbm_model().model_to_string().encode(),
+    "several classes": lambda: lightgbm_model(objective="multiclass", num_class=3).model_to_string().encode(),
     "scikit-learn": scikit_model,
     "onnx": onnx_model,
     "code": lambda: envelope.pack(Envelope(form="code", target="mine:ask", source=FUNCTION)),
@@ -470,6 +471,7 @@ def test_every_kind_of_model_answers_as_at_the_endpoint(kind, tmp_path, home):
     theirs = endpoint_answers(home, spec, "/v2/models/taxi/infer", head + x.tobytes(), programs, **headers)
     request = request_of(tmp_path, pa.table({name: x[:, j] for j, name in enumerate("abc")}))
     work(plan_job(spec, None, request, home), home, programs)
-    mine = answers(request)["p"].to_numpy().astype(np.float32)
+    mine = np.array(answers(request)["p"].to_pylist(), np.float32)
+    assert mine.shape == ((200, 3) if kind == "several classes" else (200,))
     assert mine.tobytes() == theirs.content[int(theirs.headers["inference-header-content-length"]) :]
     assert len(np.unique(mine)) > 2

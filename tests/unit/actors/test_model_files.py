@@ -157,22 +157,38 @@ def test_code_that_does_not_fit_is_told_with_its_name():
         model_files.load(packed(target="n:Net", source=NET, payload=saved(torch.nn.Linear(3, 1))))
     with pytest.raises(ModelError, match="can not be called"):
         model_files.load(packed(target="m:ask", source="ask = 3"))
-    several = model_files.load(packed(target="m:ask", source="def ask(x):\n    return x"))
-    with pytest.raises(ModelError, match="3 numbers a row: one is served"):
-        several.run(X)
+    deep = model_files.load(packed(target="m:ask", source="def ask(x):\n    return x[:, None]"))
+    with pytest.raises(ModelError, match=r"gives \[300, 1, 3\] for 300 rows"):
+        deep.run(X)
     broken = model_files.load(packed(target="m:ask", source="def ask(x):\n    return x[0]['a']"))
     with pytest.raises(ModelError, match="m:ask fails"):
         broken.run(X)
 
 
-def test_several_classes_are_refused_when_the_model_is_loaded():
+def test_several_classes_or_targets_are_answered_side_by_side_as_by_the_library():
+    import skl2onnx
     import skops.io
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LinearRegression, LogisticRegression
+    from sklearn.tree import DecisionTreeClassifier
 
-    with pytest.raises(ModelError, match="one is served"):
-        model_files.load(lightgbm_model(objective="multiclass", num_class=3).model_to_string().encode())
-    with pytest.raises(ModelError, match="one of two classes"):
-        model_files.load(skops.io.dumps(LogisticRegression().fit(X, np.arange(len(X)) % 3)))
+    booster = lightgbm_model(objective="multiclass", num_class=3)
+    assert np.array_equal(
+        model_files.load(booster.model_to_string().encode()).run(X), booster.predict(X).astype(np.float32)
+    )
+    classifier = LogisticRegression().fit(X, np.arange(len(X)) % 3)
+    wanted = classifier.predict_proba(X).astype(np.float32)
+    assert np.array_equal(model_files.load(skops.io.dumps(classifier)).run(X), wanted)
+    graph = skl2onnx.to_onnx(classifier, X[:1], options={"zipmap": False}).SerializeToString()
+    assert np.allclose(model_files.load(graph).run(X), wanted, atol=1e-6)
+    lines = LinearRegression().fit(X, X[:, :2])
+    assert np.array_equal(model_files.load(skops.io.dumps(lines)).run(X), lines.predict(X).astype(np.float32))
+    two = skl2onnx.to_onnx(lines, X[:1]).SerializeToString()  # not the two probabilities of one question
+    assert model_files.load(two).run(X).shape == (300, 2)
+    code = envelope.pack(Envelope(form="code", target="m:ask", source="def ask(x):\n    return x"))
+    assert np.array_equal(model_files.load(code).run(X), X)
+    targets = DecisionTreeClassifier(max_depth=2).fit(X, np.stack([Y, ~Y], axis=1))
+    with pytest.raises(ModelError, match="one estimator a target"):
+        model_files.load(skops.io.dumps(targets))
 
 
 class Bomb:

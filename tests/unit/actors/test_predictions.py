@@ -306,7 +306,7 @@ def test_frames_give_their_rows_back_and_a_cut_file_gives_the_whole_frames_befor
     frames, wanted = [], []
     for width, batch in enumerate(batches):
         ids, roles, keys, texts, at, p = map(list, zip(*batch, strict=True))
-        n = len(ids)
+        n, numbers = len(ids), 1 + width % 3
         x = np.arange(n * width, dtype=np.float32).reshape(n, width)
         found = Scored(
             model=f"m{width}",
@@ -317,12 +317,13 @@ def test_frames_give_their_rows_back_and_a_cut_file_gives_the_whole_frames_befor
             keys=keys,
             texts=[None if t is None else t.encode() for t in texts],
             x=x,
-            p=np.array(p, np.float32),
+            p=np.array(p, np.float32) if numbers == 1 else np.repeat(np.array(p, np.float32)[:, None], numbers, axis=1),
         )
         frames.append(encode(found, "r", 1.5))
         wanted.append(
             [
-                {"id": i, "model": f"m{width}", "version": j, "role": r, "key": k, "row": t, "x": row, "p": float(v)}
+                {"id": i, "model": f"m{width}", "version": j, "role": r, "key": k, "row": t, "x": row}
+                | ({"p": v, "scores": None} if numbers == 1 else {"p": None, "scores": [v] * numbers})
                 for j, (i, r, k, t, row, v) in enumerate(zip(ids, roles, keys, texts, x.tolist(), p, strict=True))
             ]
         )

@@ -44,14 +44,15 @@ def test_what_is_no_such_model_is_refused(fitted):
         surroundings.load_program(bytes(fitted[1].save_raw("ubj")))(np.zeros((2, 4), np.float32))
 
 
-def test_several_numbers_a_row_are_refused_and_any_memory_layout_is_read(fitted):
+def test_several_classes_are_answered_as_by_the_library_and_any_memory_layout_is_read(fitted):
     x, booster = fitted
     program = surroundings.load_program(bytes(booster.save_raw("ubj")))
     assert np.array_equal(program(np.asfortranarray(x[::3])), booster.inplace_predict(x[::3]))
     wanted = {"objective": "multi:softprob", "num_class": 3, "nthread": 1}
     several = xgboost.train(wanted, xgboost.DMatrix(x, np.arange(len(x)) % 3), 2)
-    with pytest.raises(ModelError, match="3 numbers a row"):
-        surroundings.load_program(bytes(several.save_raw("ubj")))(x)
+    answers = surroundings.load_program(bytes(several.save_raw("ubj")))
+    for rows in (1, len(x)):
+        assert np.array_equal(answers(x[:rows]), several.inplace_predict(x[:rows]))
 
 
 def test_threads_get_the_answers_of_their_own_rows(fitted):
