@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from raymill.actors.access import right_for
 from raymill.actors.asgi import Reply, Scope
 from raymill.actors.door import Door
 from raymill.runtime.api_keys import KeyPolicy, Right
-from raymill.runtime.errors import Overloaded, RaymillError, Unavailable
+from raymill.runtime.errors import Expired, Overloaded, RaymillError, Unavailable
 
 KEYS_VARIABLE = "RAYMILL_KEYS"
 """The session's `KeyPolicy`; absent: off. `up` sets it for the proxy, as the next three."""
@@ -32,6 +33,9 @@ HELD_VARIABLE = "RAYMILL_HELD_S"
 RETRY_AFTER_S = 5
 """What is told to those who can not wait: about the time that a replica takes to start."""
 _ALIVE = asgi.json_reply({"live": True})
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
+_SHORTEST_S = 0.001
+_SERVES = b"x-request-timeout-seconds"
 
 
 class LazyDoor:
@@ -67,7 +71,8 @@ class WaitingRoom:
             return
         reply = await self._reply(scope)
         if reply is None:
-            await self._app(scope, receive, _worded(send))
+            patience = _patience(asgi.headers_of(scope))
+            await self._app(_held_for(scope, patience), receive, _worded(send, patience))
         else:
             await asgi.send_reply(send, reply)
 
@@ -89,13 +94,28 @@ def _page() -> Reply:
     return Reply(200, openapi.page(), openapi.PAGE_TYPE, openapi.PAGE_HEADERS)
 
 
-def _worded(send: asgi.Send) -> asgi.Send:
+def _patience(headers: Mapping[str, str]) -> str | None:
+    """Seconds that the caller waits (header `timeout`), where a request is held for longer; None: where it is not."""
+    text = headers.get("timeout", "")
+    is_shorter = _SECONDS.fullmatch(text) and float(text) < float(os.environ.get(HELD_VARIABLE, "inf"))
+    return text if is_shorter else None  # what is no number the replica refuses
+
+
+def _held_for(scope: Scope, patience: str | None) -> Scope:
+    """The request as Serve is to hold it: it reads how long in a header of its own, 0 being for ever."""
+    if patience is None:
+        return scope
+    seconds = str(max(float(patience), _SHORTEST_S)).encode()
+    return {**scope, "headers": [*(h for h in scope["headers"] if h[0] != _SERVES), (_SERVES, seconds)]}
+
+
+def _worded(send: asgi.Send, patience: str | None) -> asgi.Send:
     """Gives an error that is Serve's, in plain text, the form of ours; everything else passes."""
     mine: list[Reply] = []
 
     async def worded(message: Any) -> None:
         if message["type"] == "http.response.start":
-            reply = _reply_for(message["status"], dict(message.get("headers", ())))
+            reply = _reply_for(message["status"], dict(message.get("headers", ())), patience)
             if reply is not None:
                 mine.append(reply)
                 await asgi.send_reply(send, reply)
@@ -105,9 +125,11 @@ def _worded(send: asgi.Send) -> asgi.Send:
     return worded
 
 
-def _reply_for(status: int, headers: Mapping[bytes, bytes]) -> Reply | None:
+def _reply_for(status: int, headers: Mapping[bytes, bytes], patience: str | None) -> Reply | None:
     if status not in (408, 429, 503) or headers.get(b"content-type", b"").startswith(b"application/json"):
         return None
+    if status == 408 and patience is not None:
+        return asgi.error_reply(Expired(f"no replica was ready within the request's timeout of {patience} s"))
     error: RaymillError = Unavailable("no replica was ready in the time for which a request is held")
     if status == 429:
         error = Overloaded("no replica runs, and as many requests as may wait for the first one do")

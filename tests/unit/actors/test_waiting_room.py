@@ -104,6 +104,33 @@ def test_what_serve_tells_in_plain_text_is_told_in_our_form(status, code):
     assert asked(answer=(404, "text/plain", b"not here"))[::2] == (404, b"not here")
 
 
+@pytest.mark.parametrize(
+    ("timeout", "held_for", "status", "code"),
+    [
+        ("0.5", [b"0.5"], 504, "expired"),
+        ("0", [b"0.001"], 504, "expired"),  # 0 is for ever to Serve
+        ("90", [b"7"], 408, "unavailable"),  # longer than anybody is held: as without
+        ("soon", [b"7"], 408, "unavailable"),  # the replica says what is wrong with it
+    ],
+)
+def test_nobody_is_held_for_longer_than_the_timeout_of_the_request(monkeypatch, timeout, held_for, status, code):
+    monkeypatch.setenv(waiting_room.HELD_VARIABLE, "60")
+    seen, sent = [], []
+
+    async def serve(scope, receive, send):
+        seen.extend(v for k, v in scope["headers"] if k == b"x-request-timeout-seconds")
+        await send({"type": "http.response.start", "status": 408, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"Request timed out"})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"timeout", timeout.encode()), (b"x-request-timeout-seconds", b"7")]
+    scope = {"type": "http", "method": "POST", "path": "/predict/taxi", "headers": headers, "client": ("127.0.0.1", 9)}
+    asyncio.run(WaitingRoom(serve, door())(scope, None, send))
+    assert (seen, sent[0]["status"], json.loads(sent[1]["body"])["code"]) == (held_for, status, code)
+
+
 class Pair:
     """A server where calls wait, before one that is told of its replica a little later."""
 
