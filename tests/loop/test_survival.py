@@ -26,7 +26,7 @@ ACTORS = {
 """What each is called among the processes of a cluster."""
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
@@ -45,34 +45,23 @@ def place(tmp_path, kernels):
         host.close()
 
 
-def test_all_killed_in_mid_training_and_in_mid_replay_a_third_run_ends_as_if_nothing_had_been(place):
-    host = place(until="2020-02-22", epochs=12)
+def test_whatever_is_killed_in_training_and_replay_the_last_run_ends_as_if_nothing_had_been(place):
+    """Everything, then a driver alone, in mid-training; each actor under a job that takes over; everything again."""
+    host = place(until="2020-03-25", epochs=20)
 
     first = host.start()
-    host.until_true(lambda: list((host.home.models / "checkpoints").glob("*.safetensors")), "a checkpoint")
+    host.until_true(lambda: _checkpoint(host), "a checkpoint")
     assert host.days_done() == 0
     host.kill_everything(first)
+    reached = _checkpoint(host)
 
-    second = host.start()
-    host.until_true(lambda: host.days_done() >= 3, "three replayed days")
-    host.kill_everything(second)
-    at_kill = host.progress()
-    assert not at_kill.finished and any("/haproxy" in p.command for p in host.members())
-
-    summary = host.finish(host.start())
-    assert summary["run"] == at_kill.run and len(list(host.home.runs.glob("*/loop.json"))) == 1
-    assert_whole(host, summary, days=7)
-    assert [v["kind"] for v in summary["versions"]] == ["baseline", "model"]
-    assert host.members() == []
-
-
-def test_a_job_takes_up_what_a_killed_driver_left_and_ends_well_though_every_actor_is_killed_under_it(place):
-    host = place(until="2020-03-10")
-    host.raymill("up", "--ports", "auto")
+    host.raymill("up", "--config", str(host.top / "cluster.toml"))
     driver = host.start()
-    host.until_true(lambda: list((host.home.models / "checkpoints").glob("*.safetensors")), "a checkpoint")
+    host.until_true(lambda: _checkpoint(host) > reached, "a later checkpoint")
     driver.kill()
     driver.wait()
+    assert host.days_done() == 0
+
     job = host.submit()
     host.until_true(lambda: host.days_done() >= 1, "a replayed day", 200)
     killed = []
@@ -80,12 +69,16 @@ def test_a_job_takes_up_what_a_killed_driver_left_and_ends_well_though_every_act
         killed += [name] if _kill(host, title) else []
         done = host.days_done()
         host.until_true(lambda done=done: host.days_done() > done, f"a day after {name} was killed")
-    summary = host.finish(job)
-    assert killed == list(ACTORS)
-    assert summary["skipped"] == [] and len(list(host.home.runs.glob("*/loop.json"))) == 1
-    host.raymill("down")
-    assert host.members() == []
-    assert_whole(host, summary, days=24)
+    host.kill_everything(job)
+    at_kill = host.progress()
+    assert killed == list(ACTORS) and not at_kill.finished
+    assert any("/haproxy" in p.command for p in host.members())
+
+    summary = host.finish(host.start())
+    assert summary["run"] == at_kill.run and len(list(host.home.runs.glob("*/loop.json"))) == 1
+    assert [v["kind"] for v in summary["versions"]] == ["baseline", "model"]
+    assert summary["skipped"] == [] and host.members() == []
+    assert_whole(host, summary, days=39)
 
 
 def test_a_job_submitted_to_a_plain_cluster_runs_to_its_end_and_says_what_was_skipped(place):
@@ -114,6 +107,11 @@ def test_killed_at_ten_random_moments_a_run_still_ends_as_if_nothing_had_been(pl
         process = host.start()
     summary = host.finish(process, timeout_s=600)
     assert_whole(host, summary, days=39)
+
+
+def _checkpoint(host):
+    """When the newest one was written, ns; 0 without one."""
+    return max((p.stat().st_mtime_ns for p in (host.home.models / "checkpoints").glob("*.safetensors")), default=0)
 
 
 def _kill(host, title):
