@@ -14,7 +14,7 @@ import orjson
 import psutil
 
 from raymill.actors.wire import MAX_BODY_BYTES
-from raymill.runtime.errors import Overloaded, RaymillError, RequestError, TooLarge
+from raymill.runtime.errors import Overloaded, RaymillError, RequestError, TooLarge, WrongMethod
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -128,7 +128,10 @@ def error_reply(error: RaymillError, status: int | None = None) -> Reply:
         return _come_again(error.message, error.retry_after_s)
     status = error.http_status if status is None else status
     body = orjson.dumps({"error": error.message, "code": error.code, "remedy": error.remedy})
-    return Reply(status, body, headers={"retry-after": "1"} if status in (429, 503) else {})
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    if isinstance(error, WrongMethod):
+        headers = {"allow": error.allow}
+    return Reply(status, body, headers=headers)
 
 
 @lru_cache(64)

@@ -92,10 +92,11 @@ def kind_of(data: Data) -> Kind:
         return _kind_of_archive(data)
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42"):
         return Kind.ONNX  # a protobuf whose first field is the version of the format
-    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-        raise ModelError(f"the file is a pickle, which is never loaded: {_INSTEAD['sklearn']}")
+    # Before pickles: the first bytes are a length, which may look like the beginning of one.
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") <= len(data):
         raise ModelError(f"the file is in the form of safetensors: {_INSTEAD['weights']}")
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        raise ModelError(f"the file is a pickle, which is never loaded: {_INSTEAD['sklearn']}")
     raise ModelError(
         f"{len(data)} bytes that begin with {head[:12]!r} are no model file: XGBoost (UBJSON, JSON), LightGBM (text), "
         "torch.export, ONNX and skops are served; of a pickle or joblib file, "

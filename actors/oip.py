@@ -26,7 +26,7 @@ from raymill.runtime.errors import RequestError
 from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
 
 VERSION = "0.1.0"
-PLATFORM = "raymill_torch_export"
+PLATFORM = "raymill"
 INPUT = "features"
 EXTENSIONS = ("binary_tensor_data",)
 _FEW = 512  # numbers that are turned into floats faster without numpy

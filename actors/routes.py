@@ -162,5 +162,7 @@ class Routes:
 
 def _only(request: Request, method: str) -> bool:
     if request.method != method:
-        raise WrongMethod(f"{'/' + '/'.join(request.parts)!r} takes {method}, not {request.method}")
+        wrong = WrongMethod(f"{'/' + '/'.join(request.parts)!r} takes {method}, not {request.method}")
+        wrong.allow = method
+        raise wrong
     return True

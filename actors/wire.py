@@ -284,7 +284,7 @@ def _check_names(raw: dict[str, Any], model: ModelSpec) -> None:
     strange = sorted(raw.keys() - model.columns.keys())
     if strange:
         raise ContractError(
-            f"columns {strange} are not in the source of model {model.name!r}: it has {sorted(model.columns)}"
+            f"columns {strange} are none of model {model.name!r}: its rows have {sorted(model.columns)}"
         )
     missing = [name for name in model.required if name not in raw]
     if missing:
@@ -304,7 +304,7 @@ def _from_values(name: str, values: list[Any], form: ColumnForm) -> pa.Array:
             return pa.array(_timestamps(values, types), TIMESTAMP)
         return pa.array(values, ARROW_TYPES[form.dtype])
     except (pa.ArrowException, OverflowError, ValueError) as err:
-        raise ContractError(f"column {name!r} does not fit {form.dtype}: {err}") from err
+        raise ContractError(f"column {name!r} does not fit {form.dtype}: {_told(err)}") from err
 
 
 def _timestamps(values: list[Any], types: set[type]) -> list[Any] | pa.Array:
@@ -348,8 +348,13 @@ def _cast(name: str, column: pa.ChunkedArray, form: ColumnForm) -> pa.Array:
         # Nanoseconds lose their last digits on purpose: raymill's moments are microseconds.
         cast = column.cast(wanted, safe=form.dtype != "timestamp")
     except (pa.ArrowException, OverflowError) as err:
-        raise ContractError(f"column {name!r} does not fit {form.dtype}: {err}") from err
+        raise ContractError(f"column {name!r} does not fit {form.dtype}: {_told(err)}") from err
     return cast.combine_chunks() if cast.num_chunks != 1 else cast.chunk(0)
+
+
+def _told(err: Exception) -> str:
+    """What is wrong, without Arrow's advice to whoever calls Arrow."""
+    return str(err).partition(". ")[0]
 
 
 def _check_kin(name: str, given: pa.DataType, form: ColumnForm) -> None:

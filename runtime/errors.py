@@ -162,6 +162,8 @@ class WrongMethod(RequestError):
 
     http_status = 405
     remedy = "GET / lists the paths with their methods"
+    allow = ""
+    """The method that it takes."""
 
 
 class TooSlow(RequestError):

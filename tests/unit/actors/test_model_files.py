@@ -196,6 +196,12 @@ class Bomb:
         return (print, ("it was unpickled",))
 
 
+def test_safetensors_are_told_as_such_though_their_length_looks_like_the_beginning_of_a_pickle():
+    head = b'{"__metadata__":{}}'.ljust(128)
+    with pytest.raises(ModelError, match="safetensors.*--weights"):
+        model_files.load(len(head).to_bytes(8, "little") + head)
+
+
 def test_pickles_are_refused_unread_with_the_way_to_save_it_instead(capsys):
     torch_file, jobfile = io.BytesIO(), io.BytesIO()
     torch.save({"bomb": Bomb()}, torch_file)

@@ -289,6 +289,7 @@ def test_wrong_paths_and_bodies_get_an_error_with_code_and_remedy(run, method, p
         assert answer.json()["code"] == code
         assert answer.json()["error"]
         assert answer.json()["remedy"]
+    assert answer.headers.get("allow") == {405: "GET" if path == "/v2" else "POST"}.get(status)
 
 
 def test_a_large_body_is_refused_before_it_is_read(run, monkeypatch):

@@ -107,6 +107,12 @@ def test_arrow_that_does_not_fit_is_refused(columns):
         wire.read_arrow(arrow(columns), SPEC, NOW)
 
 
+def test_a_moment_without_a_zone_is_told_without_advice_for_who_calls_arrow():
+    body = b'{"rows": [{"zone": "a", "miles": 1.0, "at": "2013-05-01T00:00:00"}]}'
+    with pytest.raises(ContractError, match="zone offset in '2013-05-01T00:00:00'$"):
+        wire.read_json(body, SPEC, NOW)
+
+
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.none()))
 
 
