@@ -198,7 +198,7 @@ class Bomb:
 
 def test_safetensors_are_told_as_such_though_their_length_looks_like_the_beginning_of_a_pickle():
     head = b'{"__metadata__":{}}'.ljust(128)
-    with pytest.raises(ModelError, match="safetensors.*--weights"):
+    with pytest.raises(ModelError, match=r"safetensors.*--weights"):
         model_files.load(len(head).to_bytes(8, "little") + head)
 
 

@@ -109,7 +109,7 @@ def test_arrow_that_does_not_fit_is_refused(columns):
 
 def test_a_moment_without_a_zone_is_told_without_advice_for_who_calls_arrow():
     body = b'{"rows": [{"zone": "a", "miles": 1.0, "at": "2013-05-01T00:00:00"}]}'
-    with pytest.raises(ContractError, match="zone offset in '2013-05-01T00:00:00'$"):
+    with pytest.raises(ContractError, match=r"expected a zone offset$"):
         wire.read_json(body, SPEC, NOW)
 
 
