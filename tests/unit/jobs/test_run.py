@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from raymill.jobs.run import newest, open_run
@@ -13,6 +15,7 @@ def test_an_unfinished_run_is_taken_up_again_and_a_finished_one_is_not(tmp_path)
         assert again.id == first.id and again.progress.next_day == 5
         again.progress.finished = True
         again.save()
+    time.sleep(0.002)  # ids are in the order of their milliseconds
     with open_run(home, "demo", "{}") as new:
         assert new.id != first.id
     assert newest(home).run == new.id
