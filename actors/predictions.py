@@ -35,7 +35,7 @@ SHIP_ROWS = 20_000  # few and large appends: one costs about 30 ms whatever its 
 SHIP_APART_S = 1.0  # nor more than one a second, up to
 SHIP_AT_ONCE_ROWS = 250_000  # 50 MB or so, as Arrow
 SHIP_AFTER_S = 5.0
-KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying: a retry finds its answer though it was shipped
+KEEP_SHIPPED_S = 120.0  # longer than a client goes on retrying by id: it finds its answer though that was shipped
 REMEMBERED = 131_072  # answers a replica remembers per model, about 30 s of full load
 REMEMBERED_NUMBERS = 16 << 20  # numbers in them, where a model has many a row
 _TICK_S = 0.25
@@ -68,6 +68,8 @@ class PredictionLog:
         self._lock = threading.Lock()  # of the open segment
         self._shipping = threading.Lock()
         self._segment: _Segment | None = None
+        self._nameless: set[Path] = set()
+        """Closed segments with no row that could come again."""
         self._number = 0
         self._held: Any = None
         self._ends = threading.Event()
@@ -119,7 +121,7 @@ class PredictionLog:
         if scored.ids:
             wall_s = time.time()
             frames = [encode(s, self._replica, wall_s) for s in (scored, *shadows)]
-            self._append(frames, sum(len(s.ids) for s in (scored, *shadows)))
+            self._append(frames, sum(len(s.ids) for s in (scored, *shadows)), named)
             if named:
                 answers = scored.p.tolist() if scored.p.ndim == 1 else list(scored.p.copy())
                 recent.add(zip(scored.ids, zip(scored.versions.tolist(), answers, strict=True), strict=True))
@@ -136,12 +138,13 @@ class PredictionLog:
         segment = self._segment
         return segment.rows if segment else 0
 
-    def _append(self, frames: list[bytes], rows: int) -> None:
+    def _append(self, frames: list[bytes], rows: int, named: bool) -> None:
         with self._lock:
             if self._segment is None:
                 self._number += 1
                 self._segment = _Segment(self._spool / self._owner / f"{self._number:06d}{_OPEN}")
             self._segment.append(frames, rows)
+            self._segment.named = self._segment.named or named
 
     def _learn(self) -> None:
         """Know the newest answers of the spool again, whoever gave them."""
@@ -183,6 +186,8 @@ class PredictionLog:
         with self._lock:
             if self._segment is not None:
                 self._segment.close()
+                if not self._segment.named:
+                    self._nameless.add(self._segment.path)
                 self._segment = None
 
     def _ship_own(self) -> bool:
@@ -218,8 +223,12 @@ class PredictionLog:
                 self._failed(path, err)
                 return False
             self.last_error = ""
-            os.utime(path)
-            path.rename(path.with_suffix(_SHIPPED))
+            if path in self._nameless:  # gone before the kernel has written it to the disk, mostly
+                path.unlink()
+                self._nameless.discard(path)
+            else:
+                os.utime(path)
+                path.rename(path.with_suffix(_SHIPPED))
         return True
 
     def _ship(self, segment: str, path: Path) -> int:
@@ -270,6 +279,8 @@ class _Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
+        self.named = False
+        """Whether a row in it has an id that may come again."""
         self.since = time.monotonic()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._end = 0

@@ -3,7 +3,8 @@
 The model: XGBoost, 200 trees of depth 6, 30 inputs; one replica or worker each, one thread, on the same cores as the
 load (wrk, one thread). Ours is Serve as `raymill up` sets it up, asked through its public port, with everything on
 (limits, books of Serve, request ids, prediction log on disk before each answer). All sides stay up, idle, while one is
-measured. The parts, each measured alone by `--only PART`:
+measured; before each measurement what was written before is brought to the disk. The parts, each measured alone by
+`--only PART`:
 
 - `rps`: a tensor of one row as JSON to `/v2/models/bench/infer`, another each time, by 1, 100 and 400 clients. The
   peers get the same 30 numbers as JSON and answer the same number: mosec at its own port (dynamic batching, orjson),
@@ -23,6 +24,7 @@ measured. The parts, each measured alone by `--only PART`:
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -223,7 +225,11 @@ def _merged(parts: Iterator[Mapping[str, Side]]) -> Iterator[tuple[str, Side]]:
 
 
 def _all(sides: list[Side]) -> Figures:
-    return {name: value for side in sides for name, value in side().items()}
+    found: Figures = {}
+    for side in sides:
+        os.sync()  # what one part has written, the kernel would bring to the disk during the next
+        found |= side()
+    return found
 
 
 if __name__ == "__main__":

@@ -115,6 +115,18 @@ def test_an_answer_that_was_shipped_is_still_known_after_a_restart(tmp_path):
     assert second._sink.rows() == []
 
 
+def test_a_shipped_segment_is_kept_only_where_an_id_in_it_may_come_again(tmp_path, log):
+    spool = tmp_path / "spool"
+    log.record(scored("fresh", text=None), [scored("fresh", text=None, version=2, role="shadow")])
+    assert log.flush() and [r["id"] for r in log._sink.rows()] == ["fresh", "fresh"]
+    assert not [p for p in spool.glob("*/*") if p.name != "lock"]
+    log.record(scored("other", text=None), [])
+    log.record(scored("a"), [])
+    log.record(scored("another", text=None), [])
+    assert log.flush()
+    assert [p.suffix for p in spool.glob("*/*") if p.name != "lock"] == [".shipped"]
+
+
 def test_a_sink_that_fails_gets_the_segment_again(tmp_path):
     log = PredictionLog(tmp_path, ListSink(fails=2), replica="r1")
     log.start()
