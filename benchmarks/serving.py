@@ -10,12 +10,12 @@ measured; before each measurement what was written before is brought to the disk
   peers get the same 30 numbers as JSON and answer the same number: mosec at its own port (dynamic batching, orjson),
   FastAPI on uvicorn (no batching: one worker), Ray Serve as it comes (`@serve.batch`), and with HAProxy and throughput
   mode.
-- `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
-- `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
-  thread (`in_process`).
 - `load`: one row as JSON at 70 % of the rate that 100 clients were answered at a moment before, arriving as from a
   crowd (`wrk.at_rate`); what it came to is `load70_share`. `p99_at_load70`: five times its p50, over its p99. mosec
   is measured likewise, at 70 % of its own rate.
+- `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
+- `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
+  thread (`in_process`).
 - `features`: `/predict/online` with the entities of a row, whose features the replica looks up (`serving_online`), by
   100 clients; `features_p99`: 50 ms over its p99, `features_rps_vs_vectors`: against ready vectors of the same model.
 
@@ -185,9 +185,9 @@ def _features_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[
 
 PARTS = {
     "rps": Part(_rps_sides, enter_rps, PEERS),
+    "load": Part(_load_sides, enter_load, ("mosec",)),
     "grpc": Part(_grpc_sides, enter_grpc, ("serve_default", "serve_fast")),
     "rows": Part(_rows_sides, enter_rows),
-    "load": Part(_load_sides, enter_load, ("mosec",)),
     "features": Part(_features_sides, enter_features),
 }
 
