@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 LOCK = Path("/tmp/raymill-bench.lock")
 PEERS = Path(__file__).parent / "peers"
 REPETITIONS = 3
@@ -97,6 +99,13 @@ def compare(outcome: Outcome, name: str, ratios: Sequence[float]) -> None:
     """Enter a ratio: the median of the repetitions' own, and its spread."""
     outcome.ratios[name] = statistics.median(ratios)
     outcome.spread[name] = [min(ratios), max(ratios)]
+
+
+def settle(share: float = 0.2, seconds: float = 60.0) -> None:
+    """Wait until the machine's cores are used by less than a share of their time, or so long."""
+    end = time.monotonic() + seconds
+    while psutil.cpu_percent(2.0) > 100 * share and time.monotonic() < end:
+        pass
 
 
 def best_of(work: Callable[[], object], *, seconds: float, at_least: int = 5) -> Figures:

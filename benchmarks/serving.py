@@ -2,9 +2,9 @@
 
 The model: XGBoost, 200 trees of depth 6, 30 inputs; one replica or worker each, one thread, on the same cores as the
 load (wrk, one thread). Ours is Serve as `raymill up` sets it up, asked through its public port, with everything on
-(limits, books of Serve, request ids, prediction log on disk before each answer). All sides stay up, idle, while one is
-measured; before each measurement what was written before is brought to the disk. The parts, each measured alone by
-`--only PART`:
+(limits, books of Serve, request ids, prediction log on disk before each answer). Whom a part needs stays up, idle,
+while one of them is measured, and nobody else; before each measurement what was written before is brought to the disk.
+The parts, each measured alone by `--only PART`:
 
 - `rps`: a tensor of one row as JSON to `/v2/models/bench/infer`, another each time, by 1, 100 and 400 clients. The
   peers get the same 30 numbers as JSON and answer the same number: mosec at its own port (dynamic batching, orjson),
@@ -195,23 +195,34 @@ PARTS = {
 def body(quick: bool, only: Collection[str], against: Collection[str]) -> Outcome:
     """Measure those parts against those peers."""
     seconds, repetitions = (2.0, 2) if quick else (5.0, harness.REPETITIONS)
-    parts = [PARTS[name] for name in only]
-    peers = [name for name in against if any(name in p.peers for p in parts)]
+    outcome = Outcome({}, repetitions=repetitions, notes={"seconds_each": seconds, "bars": BARS})
+    outcome.spread["ours"] = {}
+    needed = {name: tuple(p for p in PARTS[name].peers if p in against) for name in only}
+    for peers in dict.fromkeys(needed.values()):
+        parts = [name for name in only if needed[name] == peers]
+        found = _measured(parts, peers, seconds, repetitions)
+        for side, figures in ((side, found.figures(side)) for side in found.runs):
+            (outcome.ours if side == "ours" else outcome.peers.setdefault(side, {})).update(figures)
+        outcome.spread["ours"] |= found.spread("ours")
+        for name in parts:
+            PARTS[name].enter(outcome, found, peers)
+    return outcome
+
+
+def _measured(parts: Collection[str], peers: Collection[str], seconds: float, repetitions: int) -> Measured:
+    """These parts with nobody up but whom they need: an idle cluster of Ray's takes a twentieth of a core and more."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmbodies")))
         serving_bodies.write(folder)
-        if online := "features" in only:
+        if online := "features" in parts:
             serving_online.write(folder)
         up = {name: stack.enter_context(peer(name, folder)) for name in peers}
         up["ours"] = stack.enter_context(endpoint(folder, online=online))
-        found = harness.alternate(dict(_merged(part.sides(up, folder, seconds) for part in parts)), repetitions)
-    outcome = Outcome(found.figures("ours"), {name: found.figures(name) for name in found.runs if name != "ours"})
-    outcome.repetitions = repetitions
-    outcome.spread["ours"] = found.spread("ours")
-    for part in parts:
-        part.enter(outcome, found, [p for p in peers if p in part.peers])
-    outcome.notes = {"seconds_each": seconds, "bars": BARS}
-    return outcome
+        for server in up.values():
+            wrk.closed(wrk.Post(server.url, server.body), clients=100, seconds=1)
+        harness.settle()  # what a server does once, after its start or its first answers, is no part of a claim
+        sides = _merged(PARTS[name].sides(up, folder, seconds) for name in parts)
+        return harness.alternate(dict(sides), repetitions)
 
 
 def _merged(parts: Iterator[Mapping[str, Side]]) -> Iterator[tuple[str, Side]]:
