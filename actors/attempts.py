@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from raymill.actors.rollout import ModelSpec, Role, Route
+from raymill.actors.rollout import ModelSpec, Role, Route, answer_shape
 from raymill.actors.version_health import Tally, illness, slow_s, verdict
 from raymill.runtime.errors import ContractError, ModelError, RaymillError
 
@@ -70,13 +70,9 @@ class Batch:
         """Rows of a question."""
         return slice(int(self.edges[question]), int(self.edges[question + 1]))
 
-    def shape(self, rows: int) -> tuple[int, ...]:
-        """What the answer to so many rows has: [rows], or [rows, k] of a model with k > 1 numbers a row."""
-        return (rows,) if self.spec.outputs == 1 else (rows, self.spec.outputs)
-
     def blank(self) -> Floats:
         """Room for the answers."""
-        return np.empty(self.shape(len(self.x)), dtype=np.float32)
+        return np.empty(answer_shape(len(self.x), self.spec.outputs), dtype=np.float32)
 
 
 class Attempts:
@@ -235,7 +231,7 @@ class Attempts:
         begun = self._clock()
         try:
             p = batch.programs[route.version](x)
-            if p.shape != batch.shape(len(x)):
+            if p.shape != answer_shape(len(x), batch.spec.outputs):
                 raise ValueError(f"{len(x)} rows got answers of shape {list(p.shape)}")
             return p
         except Exception as err:  # whatever a program raises is the version's failure

@@ -43,7 +43,7 @@ def migrate(place: Place, source: Source) -> int | None:
                 return None
             try:
                 if all(isinstance(s, AddColumn) for s in steps):
-                    _add_columns(found, source, steps)
+                    _add_columns(found, _schema({n: c.dtype for n, c in source.schema.items()}), steps)
                 else:
                     _rewrite(place, found, source, steps)
             except CommitFailedError:  # rows came meanwhile: once more, with them
@@ -66,16 +66,11 @@ def add_missing(place: Place, table: str, schema: pa.Schema) -> None:
         for _ in range(_ATTEMPTS):
             found = place.open(table)
             has = _columns(found.schema())
-            fields = [f for f in Schema.from_arrow(schema).fields if f.name not in has]
-            if not fields:
+            steps = [AddColumn(name) for name in schema.names if name not in has]
+            if not steps:
                 return
-            told = {MARK: "migrate", f"{MARK}.steps": [f"AddColumn({f.name!r})" for f in fields]}
             with suppress(CommitFailedError):  # rows came meanwhile, or the columns: look again
-                found.alter.add_columns(
-                    fields,
-                    commit_properties=CommitProperties(custom_metadata=told, max_commit_retries=0),
-                    post_commithook_properties=KEEP_LOG,
-                )
+                _add_columns(found, Schema.from_arrow(schema), steps)
                 return
     raise StoreError(f"lake table {table!r} was written {_ATTEMPTS} times while columns were added: stop its writers")
 
@@ -94,9 +89,9 @@ def pending(found: DeltaTable, source: Source) -> Sequence[Migration]:
     raise ContractError(_told(source, has, history[-1]))
 
 
-def _add_columns(found: DeltaTable, source: Source, steps: Sequence[Migration]) -> None:
+def _add_columns(found: DeltaTable, schema: Schema, steps: Sequence[Migration]) -> None:
     names = {s.name for s in steps if isinstance(s, AddColumn)}
-    fields = [f for f in _schema({n: c.dtype for n, c in source.schema.items()}).fields if f.name in names]
+    fields = [f for f in schema.fields if f.name in names]
     found.alter.add_columns(fields, commit_properties=_properties(steps), post_commithook_properties=KEEP_LOG)
     found.update_incremental()
 

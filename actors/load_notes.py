@@ -90,8 +90,7 @@ class LoadNotes:
             if decision.step is Step.REFUSE:
                 raise DeadlyModel(f"program {folder.name[:12]}: {decision.why}; {DeadlyModel.remedy}")
             _log.warning("program %s is tried alone: its load has ended %d processes", folder.name[:12], len(deaths))
-            trial = tried(trial, deaths, try_alone(), self._clock())
-            _write(folder / _ALONE, json.dumps(asdict(trial)))
+            _write(folder / _ALONE, json.dumps(asdict(tried(trial, deaths, try_alone(), self._clock()))))
         name = new_ids(1)[0]
         coming = folder / f"{name}.new"
         descriptor = _lock(coming, held)
@@ -125,14 +124,16 @@ def _let_go_all() -> None:
 os.register_at_fork(after_in_child=_let_go_all)
 
 
-def _deaths(folder: Path) -> list[Death]:
-    """What stands in the notes of processes that are no more."""
-    found = []
+def _of_the_dead(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """The notes of processes that are no more, and what stands in them."""
     for note in folder.glob(f"*{_NOTE}"):
         with suppress(FileNotFoundError, BlockingIOError), open(note, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            found.append(Death(**json.loads(file.read())))
-    return found
+            yield note, file.read()
+
+
+def _deaths(folder: Path) -> list[Death]:
+    return [Death(**json.loads(text)) for _, text in _of_the_dead(folder)]
 
 
 def _trial(folder: Path) -> Trial | None:
@@ -159,7 +160,5 @@ def _came_through(folder: Path, note: Path | None) -> None:
     _remove(note)
     (folder / _WELL).touch()
     (folder / _ALONE).unlink(missing_ok=True)
-    for dead in folder.glob(f"*{_NOTE}"):
-        with suppress(FileNotFoundError, BlockingIOError), open(dead, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            dead.unlink()
+    for dead, _ in _of_the_dead(folder):
+        dead.unlink(missing_ok=True)

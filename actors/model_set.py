@@ -26,7 +26,7 @@ from raymill.actors.gently import beside_traffic
 from raymill.actors.model_files import Data
 from raymill.actors.models import FeatureReader, KnownOnly, LoadedModel, Program, away
 from raymill.actors.residency import Resident, to_unload
-from raymill.actors.rollout import ModelSpec, from_user_config, generation, odd_ones
+from raymill.actors.rollout import ModelSpec, answer_shape, from_user_config, generation, odd_ones
 from raymill.actors.wire import ARROW_TYPES, LATEST_AT
 from raymill.runtime.errors import ModelError, RequestError, UnknownModel, UnknownVersion
 from raymill.runtime.errors import Unavailable as NotThere
@@ -267,7 +267,7 @@ def _check_outputs(spec: ModelSpec, outputs: int) -> None:
 
 
 def _check_answer(p: Any, rows: int, outputs: int) -> None:
-    shape = (rows,) if outputs == 1 else (rows, outputs)
+    shape = answer_shape(rows, outputs)
     if p.shape != shape or p.dtype != np.float32 or not bool(np.isfinite(p).all()):
         raise ModelError(
             f"a trial batch of {rows} rows got {p.dtype}{list(p.shape)} {p[:2]}: not finite float32 {list(shape)}"

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from raymill.actors.rollout import ModelSpec
+from raymill.actors.rollout import ModelSpec, answer_shape
 from raymill.actors.wire import check_count
 from raymill.runtime.errors import RequestError
 from raymill.runtime.ids import MAX_ID_LENGTH, new_ids
@@ -67,7 +67,7 @@ def model_metadata(spec: ModelSpec, versions: Sequence[int]) -> dict[str, Any]:
 
 def output_shape(rows: int, spec: ModelSpec) -> list[int]:
     """Shape of the output tensor."""
-    return [rows] if spec.outputs == 1 else [rows, spec.outputs]
+    return list(answer_shape(rows, spec.outputs))
 
 
 def read_infer(body: bytes, json_length: str | None, spec: ModelSpec) -> Infer:

@@ -224,6 +224,11 @@ def _model_of(name: str, m: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def answer_shape(rows: int, outputs: int) -> tuple[int, ...]:
+    """What the answer to so many rows has: [rows], or [rows, k] of a model with k > 1 numbers a row."""
+    return (rows,) if outputs == 1 else (rows, outputs)
+
+
 def odd_ones(spec: ModelSpec, outputs: Mapping[int, int]) -> tuple[int, dict[int, str]]:
     """Numbers a row that the model answers with, and the versions that answer with another number, with the reason.
 

@@ -201,8 +201,8 @@ def body(quick: bool, only: Collection[str], against: Collection[str]) -> Outcom
     for peers in dict.fromkeys(needed.values()):
         parts = [name for name in only if needed[name] == peers]
         found = _measured(parts, peers, seconds, repetitions)
-        for side, figures in ((side, found.figures(side)) for side in found.runs):
-            (outcome.ours if side == "ours" else outcome.peers.setdefault(side, {})).update(figures)
+        for side in found.runs:
+            (outcome.ours if side == "ours" else outcome.peers.setdefault(side, {})).update(found.figures(side))
         outcome.spread["ours"] |= found.spread("ours")
         for name in parts:
             PARTS[name].enter(outcome, found, peers)
@@ -210,7 +210,7 @@ def body(quick: bool, only: Collection[str], against: Collection[str]) -> Outcom
 
 
 def _measured(parts: Collection[str], peers: Collection[str], seconds: float, repetitions: int) -> Measured:
-    """These parts with nobody up but whom they need: an idle cluster of Ray's takes a twentieth of a core and more."""
+    """These parts with nobody up but whom they need: an idle cluster of Ray's takes time of the cores."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmbodies")))
         serving_bodies.write(folder)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def host(tmp_path_factory, kernels):
     made.raymill("down")
     left = [p for p in Path("/proc").glob("[0-9]*/environ") if _carries(p, str(made.home))]
     assert not left, f"left running: {left}"
+
+
+@pytest.fixture(scope="module")
+def apart(kernels):
+    """A host below /tmp, which its worker nodes do not see; the kernels are its head's alone."""
+    folder = Path(tempfile.mkdtemp(prefix="raymill-apart-", dir="/tmp"))
+    made = Host(folder)
+    made.home.mkdir()
+    (made.home / "kernels").symlink_to(kernels)
+    yield made
+    made.raymill("down")
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

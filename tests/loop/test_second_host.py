@@ -3,8 +3,6 @@
 Each worker node has a network namespace and a mount namespace with private /tmp, /dev/shm and RAYMILL_HOME.
 """
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -37,18 +35,6 @@ serve = httpx.get(f"{found.dashboard_url}/api/serve/applications/", headers=ray_
 replicas = serve["applications"]["raymill"]["deployments"]["Replica"]["replicas"]
 print(json.dumps({"ranks": [r for r in ranks if r["rank"]], "replicas": [r["node_ip"] for r in replicas]}))
 """
-
-
-@pytest.fixture(scope="module")
-def apart(kernels):
-    """A host below /tmp, which its worker nodes do not see; the kernels are its head's alone."""
-    folder = Path(tempfile.mkdtemp(prefix="raymill-apart-", dir="/tmp"))
-    made = Host(folder)
-    made.home.mkdir()
-    (made.home / "kernels").symlink_to(kernels)
-    yield made
-    made.raymill("down")
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

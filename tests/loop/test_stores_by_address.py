@@ -4,8 +4,6 @@ The second host is a worker node with network and mount namespaces of its own; t
 a password and moto's S3 server, both on the first host. Nothing else is shared.
 """
 
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +24,6 @@ pytestmark = [
 ]
 PASSWORD = "only-in-the-environment"
 PIPELINE = str(PIPELINES / "by_address.py")
-
-
-@pytest.fixture(scope="module")
-def apart(kernels):
-    """A host below /tmp, which its worker nodes do not see; the kernels are its head's alone."""
-    folder = Path(tempfile.mkdtemp(prefix="raymill-address-", dir="/tmp"))
-    made = Host(folder)
-    made.home.mkdir()
-    (made.home / "kernels").symlink_to(kernels)
-    yield made
-    made.raymill("down")
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
