@@ -38,7 +38,7 @@ from raymill.actors.lake_upkeep import (
     vacuum,
 )
 from raymill.actors.parts import Parts
-from raymill.actors.plain_pages import is_plain, writer_properties
+from raymill.actors.plain_pages import repeating, writer_properties
 from raymill.runtime.errors import Conflict, ContractError, StoreError
 from raymill.runtime.home import current_home
 from raymill.runtime.spec import Source
@@ -50,9 +50,6 @@ UPKEEP_EVERY = 32
 
 A table that stays open gets slower with every commit it has seen: 9 ms an append at first, 54 ms after 400.
 """
-
-_LOOKED_AT = 512
-"""Values of a column by which it is decided how the others are written."""
 
 
 class Lake:
@@ -301,14 +298,6 @@ def _check_columns(table: str, writer: DeltaTable, rows: pa.Table) -> None:
         raise ContractError(f"the rows do not have the columns of lake table {table!r}: {told}")
 
 
-def _repeats(column: pa.Field, rows: pa.Table) -> bool:
-    """Whether values of a column seem to come again and again: else to look for it takes longer than to write them."""
-    if is_plain(column.type) or pa.types.is_floating(column.type) or pa.types.is_nested(column.type):
-        return False
-    few = rows[column.name].slice(0, _LOOKED_AT)
-    return 2 * len(few.unique()) <= len(few)
-
-
 def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str, *, alone: bool) -> int:
     # The number of a transaction is the writer's to choose: the rows of the batch are what a retry wants to know.
     transaction = Transaction(batch_id, rows.num_rows)
@@ -322,7 +311,7 @@ def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str, *, alone: bool) -
             mode="append",
             commit_properties=properties,
             post_commithook_properties=KEEP_LOG,
-            writer_properties=writer_properties([f.name for f in whole.schema if _repeats(f, whole)]),
+            writer_properties=writer_properties(repeating(whole)),
         )
     else:
         writer.create_write_transaction(

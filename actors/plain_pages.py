@@ -24,6 +24,8 @@ Bytes = npt.NDArray[np.uint8]
 PAGE_ROWS = 1 << 20
 """Rows of a row group; each column of it is one page."""
 
+_LOOKED_AT = 512
+"""Values of a column by which it is decided how the others are written."""
 _WIDTH = 8
 _HEADER = 4096
 """Bytes in which a page's header ends."""
@@ -35,6 +37,18 @@ _INTS = types.Array(int64, 1, "C", readonly=True)
 def is_plain(kind: pa.DataType) -> bool:
     """Whether values of a type lie in a file as in memory: int64, float64, microseconds."""
     return kind in (pa.int64(), pa.float64()) or (pa.types.is_timestamp(kind) and kind.unit == "us")
+
+
+def repeating(rows: pa.Table) -> list[str]:
+    """Columns whose values seem to come again and again: in others a search for it takes longer than writing them."""
+    return [field.name for field in rows.schema if _repeats(rows, field)]
+
+
+def _repeats(rows: pa.Table, column: pa.Field) -> bool:
+    if is_plain(column.type) or pa.types.is_floating(column.type) or pa.types.is_nested(column.type):
+        return False
+    few = rows[column.name].slice(0, _LOOKED_AT)
+    return 2 * len(few.unique()) <= len(few)
 
 
 def writer_properties(repeating: list[str]) -> WriterProperties:
