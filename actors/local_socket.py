@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,13 @@ import psutil
 from raymill.actors.fastlane import Fast
 from raymill.runtime.home import SOCKETS_VARIABLE
 
+_log = logging.getLogger(__name__)
+
+TAKEN_AT_ONCE = 256
+"""Connections that are taken in one turn of the event loop. A server of uvloop's takes one: of two hundred that a
+proxy opens for a burst the last would wait two hundred turns, and each turn computes a batch for those before."""
+_AGAIN_S = 1.0
+"""After which it is tried again where the process has no descriptor left for a connection."""
 _RANGE = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
 _LOOK_S, _LOOKS = 0.05, 600
 
@@ -27,8 +36,7 @@ class LocalSocket:
 
     def __init__(self, fast: Fast, environment: Mapping[str, str]) -> None:
         self._fast, self._environment = fast, environment
-        self._server: asyncio.AbstractServer | None = None
-        self._path: Path | None = None
+        self._listener: _Listener | None = None
 
     async def open(self, address: str) -> None:
         """Open it, as soon as uvicorn listens; nothing, where no folder is named.
@@ -73,3 +81,45 @@ class LocalSocket:
             if one.status == psutil.CONN_LISTEN and low <= one.laddr.port <= high:
                 return one.laddr.ip, one.laddr.port
         return None
+
+
+class _Listener:
+    """A Unix socket that takes all connections that wait."""
+
+    def __init__(self, path: Path, protocol: Callable[[], asyncio.Protocol]) -> None:
+        """Listen at `path`, which is the owner's alone; `protocol` makes that of a connection."""
+        self._path, self._protocol = path, protocol
+        self._loop = asyncio.get_running_loop()
+        self._begun: set[asyncio.Task[object]] = set()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.setblocking(False)
+        self._socket.bind(str(path))
+        path.chmod(0o600)
+        self._socket.listen(2048)
+        self._loop.add_reader(self._socket, self._take)
+
+    def close(self) -> None:
+        """Take none any more."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def _take(self) -> None:
+        for _ in range(TAKEN_AT_ONCE):
+            try:
+                connection, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as err:
+                _log.error("no connection is taken for %.0f s: %s", _AGAIN_S, err)
+                self._loop.remove_reader(self._socket)
+                self._loop.call_later(_AGAIN_S, self._wait)
+                return
+            begun = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
+            self._begun.add(begun)
+            begun.add_done_callback(self._begun.discard)
+
+    def _wait(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket, self._take)

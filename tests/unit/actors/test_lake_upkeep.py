@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raymill.actors import lake as lake_module
 from raymill.actors import lake_upkeep
@@ -67,6 +69,14 @@ def test_a_merge_leaves_every_value_as_it_was_and_numbers_in_place_in_the_order_
     assert stored.table(["v", "m"]).to_pylist() == sorted_rows(lake).select(["v", "m"]).to_pylist()
     assert lake.compact("facts", fewest=2) is None
     assert (lake.count("facts"), lake.batch_rows("facts", "20")) == (50, 10)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=6), st.integers(1, 3))
+def test_what_is_in_order_is_told_from_what_is_not(values: list[int | None], size: int) -> None:
+    pieces = [values[i : i + size] for i in range(0, len(values), size)]
+    column = pa.chunked_array(pieces, pa.int64())
+    known = [v for v in values if v is not None]
+    assert lake_upkeep._is_ascending(column) == (values == sorted(known))
 
 
 def test_rows_are_found_in_merged_parts_by_moment_number_and_text(lake: Lake) -> None:

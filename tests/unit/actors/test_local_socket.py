@@ -1,0 +1,69 @@
+"""The replica's Unix socket takes what waits, however many those are."""
+
+import asyncio
+import os
+import resource
+import socket
+
+import pytest
+import uvloop
+
+from raymill.actors import local_socket
+
+
+def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop(tmp_path):
+    async def test():
+        made = []
+
+        class Counted(asyncio.Protocol):
+            def connection_made(self, transport):
+                made.append(transport)
+
+        path = tmp_path / "a.sock"
+        listener = local_socket._Listener(path, Counted)
+        clients = []
+        for _ in range(200):
+            clients.append(socket.socket(socket.AF_UNIX))
+            clients[-1].connect(str(path))
+        turns = 0
+        while len(made) < len(clients):
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns < 20
+        listener.close()
+        assert not path.exists()
+        with pytest.raises(OSError):
+            socket.socket(socket.AF_UNIX).connect(str(path))
+        for one in [*clients, *made]:
+            one.close()
+
+    uvloop.run(test())
+
+
+def test_a_listener_without_descriptors_takes_connections_again_later(tmp_path, monkeypatch, caplog):
+    async def test():
+        monkeypatch.setattr(local_socket, "_AGAIN_S", 0.05)
+        made = asyncio.Event()
+
+        class Told(asyncio.Protocol):
+            def connection_made(self, transport):
+                made.set()
+                transport.close()
+
+        listener = local_socket._Listener(tmp_path / "a.sock", Told)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX) as client:
+            free = os.dup(client.fileno())
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                client.connect(str(tmp_path / "a.sock"))
+                await asyncio.sleep(0.2)
+                assert not made.is_set()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            await asyncio.wait_for(made.wait(), 5)
+        listener.close()
+        assert "no connection is taken" in caplog.text
+
+    uvloop.run(test())
