@@ -84,8 +84,16 @@ class LakeSink:
             _, first = np.unique(names.to_numpy(zero_copy_only=False), return_index=True)
             first.sort()
             rows, names, doubtful = (column.take(pa.array(first)) for column in (rows, names, doubtful))
-        moments = pc.min_max(rows.column("at").filter(doubtful)).as_py()
-        where = [("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)), ("at", "<=", moments["max"])]
+        asked = rows.filter(doubtful)
+        moments, ids = pc.min_max(asked.column("at")).as_py(), asked.column("id").unique()
+        ends = pc.min_max(ids).as_py()
+        where = [
+            ("at", ">=", moments["min"] - timedelta(microseconds=LOOK_BACK_US)),
+            ("at", "<=", moments["max"]),
+            ("id", ">=", ends["min"]),  # ids made here grow with time: parts that are older are not even opened
+            ("id", "<=", ends["max"]),
+            ("id", "in", ids),
+        ]
         there = lake.read(TABLE, version=version, columns=["model", "id", "role", "version"], where=where)
         return rows.filter(pc.invert(pc.is_in(names, value_set=_names(there))))
 
