@@ -32,7 +32,7 @@ DRAIN_S = 2
 PROXY_BUFFER_BYTES = 20 * 1024
 """The proxy's buffer: a request that fits it whole is sent to another replica when its own is killed.
 
-HAProxy copies the whole buffer for each request, however small that is: 12 KiB more cost it a fifth of its time."""
+HAProxy copies the whole buffer for each request, however small that is: it is as small as the body below allows."""
 RETRIED_BODY_BYTES = 16 * 1024
 """Body of a request that fits: 4 KiB are left for its headers and the proxy's own use."""
 
