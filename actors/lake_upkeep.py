@@ -218,7 +218,7 @@ def _is_ascending(column: pa.ChunkedArray) -> bool:
 def read_part(files: FileSystem, part: Part) -> pa.Table:
     """The rows of a part, as they are stored."""
     # Not by `read_table`: what makes it quick costs more CPU time than the decoding, and replicas answer beside it.
-    with pq.ParquetFile(part.path, filesystem=files) as stored:
+    with pq.ParquetFile(part.path, filesystem=files, pre_buffer=True) as stored:
         return stored.read(use_threads=False)
 
 
