@@ -38,7 +38,7 @@ from raymill.actors.lake_upkeep import (
     vacuum,
 )
 from raymill.actors.parts import Parts
-from raymill.actors.plain_pages import repeating, writer_properties
+from raymill.actors.plain_pages import writer_properties
 from raymill.runtime.errors import Conflict, ContractError, StoreError
 from raymill.runtime.home import current_home
 from raymill.runtime.spec import Source
@@ -311,7 +311,7 @@ def _commit(writer: DeltaTable, rows: pa.Table, batch_id: str, *, alone: bool) -
             mode="append",
             commit_properties=properties,
             post_commithook_properties=KEEP_LOG,
-            writer_properties=writer_properties(repeating(whole)),
+            writer_properties=writer_properties(whole),
         )
     else:
         writer.create_write_transaction(

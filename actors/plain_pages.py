@@ -51,15 +51,15 @@ def _repeats(rows: pa.Table, column: pa.Field) -> bool:
     return 2 * len(few.unique()) <= len(few)
 
 
-def writer_properties(repeating: list[str]) -> WriterProperties:
-    """How the lake writes: columns of these names with a dictionary, all others plain."""
+def writer_properties(rows: pa.Table) -> WriterProperties:
+    """How the lake writes these rows: columns that repeat themselves with a dictionary, all others plain."""
     return WriterProperties(
         compression="UNCOMPRESSED",
         data_page_size_limit=PAGE_ROWS * _WIDTH * 2,
         data_page_row_count_limit=PAGE_ROWS,
         max_row_group_size=PAGE_ROWS,
         default_column_properties=ColumnProperties(dictionary_enabled=False),
-        column_properties={name: ColumnProperties(dictionary_enabled=True) for name in repeating} or None,
+        column_properties={name: ColumnProperties(dictionary_enabled=True) for name in repeating(rows)} or None,
     )
 
 
