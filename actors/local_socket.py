@@ -62,18 +62,12 @@ class LocalSocket:
         path = Path(folder, f"{address}_{port}.sock")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # of a replica that was killed
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: self._fast.protocol(**arguments), str(path), backlog=2048)
-        path.chmod(0o600)
-        self._path = path
+        self._listener = _Listener(path, lambda: self._fast.protocol(**arguments))
 
     def close(self) -> None:
         """Take no further connections; those that are open are uvicorn's to end."""
-        if self._server is not None:
-            self._server.close()
-        if self._path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+        if self._listener is not None:
+            self._listener.close()
 
     def _listening(self) -> tuple[str, int] | None:
         low, high = (int(self._environment[name]) for name in _RANGE)
