@@ -1,4 +1,5 @@
-"""A model without a pipeline on the endpoint of a cluster: registered, loaded by the replicas, then given its stage.
+"""A model without a pipeline on the endpoint of a cluster: registered, loaded by the replicas, then given its stage;
+and taken off again.
 
 A version takes traffic before the registry calls it live or canary, never after: one that does not load stays a
 candidate, and what was served goes on. Every step may be done again.
@@ -17,7 +18,7 @@ from raymill.actors.endpoint import Endpoint, Placement
 from raymill.actors.named_inputs import spec_alone
 from raymill.actors.rollout import ModelSpec
 from raymill.jobs.model_target import Target
-from raymill.runtime.errors import Conflict, ModelError, RaymillError, Usage
+from raymill.runtime.errors import Conflict, ModelError, RaymillError, UnknownModel, Usage
 from raymill.runtime.messages import Granted, Lease, LeaseRequest, ModelVersion, Purpose, Stage
 
 
@@ -65,6 +66,31 @@ def put_up(
         else:
             _deploy(endpoint, scheduler, models, placement)
         return _set_stages(records, stages, mine.version)
+
+
+def take_off(model: str, endpoint: Endpoint, scheduler: Scheduler) -> list[str]:
+    """Serve the model no longer; those that are served still. With the last one go the replicas and their grant.
+
+    Its versions stay in the registry as they are: its file again, or another one, puts it back.
+
+    Raises:
+        UnknownModel: it is not served.
+        Conflict: it is a pipeline's.
+    """
+    with endpoint.turn():
+        served = endpoint.models()
+        mine = next((m for m in served if m.name == model), None)
+        if mine is None:
+            raise UnknownModel(f"{model!r} is not served; served: {', '.join(m.name for m in served) or 'nothing'}")
+        if mine.plan is not None:
+            raise Conflict(f"{model!r} is the model of a pipeline, whose monitor counts on it: `raymill down` ends it")
+        rest = [m for m in served if m.name != model]
+        if rest:
+            endpoint.set_models(rest)
+        else:
+            endpoint.delete()
+            give_up_grant(scheduler, reason=f"{model} was the last model that was served")
+        return [m.name for m in rest]
 
 
 def _deploy(endpoint: Endpoint, scheduler: Scheduler, models: list[ModelSpec], placement: Placement) -> None:

@@ -18,6 +18,7 @@ VERBS = {
     "up": "Start a cluster on this machine.",
     "down": "Stop what `up` started.",
     "serve": "A model file alone on an endpoint, without a pipeline.",
+    "unserve": "Take a model off the endpoint that `serve` put there.",
     "status": "What runs: nodes, leases, queue, versions.",
     "models": "Versions of the models and where in their life they are.",
     "promote": "Make a version live.",

@@ -63,6 +63,18 @@ def test_a_user_serves_files_and_code_from_nothing_and_ctrl_c_takes_all_of_it_aw
         assert client.post("/v2/models/ask/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"] == [6.0]
         lineage = client.get(f"/raymill/lineage/{after['predictions'][0]['id']}").json()
         assert lineage["version"]["kind"] == "xgboost" and lineage["prediction"]["version"] == 2
+
+        assert json.loads(user("unserve", "one", "--json"))["served"] == ["ask"]
+        gone = client.post("/predict/one", json={"rows": rows})
+        assert (gone.status_code, gone.json()["code"]) == (404, "unknown_model")
+        assert client.post("/v2/models/ask/infer", json={"inputs": [tensor]}).status_code == 200
+        assert json.loads(user("serve", "two.ubj", "--name", "one", "--json"))["stage"] == "live"
+        assert client.post("/predict/one", json={"rows": rows}).json()["predictions"][0]["prediction"] == pytest.approx(
+            float(newer[0]), abs=1e-7
+        )
+        assert [json.loads(user("unserve", name, "--json"))["served"] for name in ("ask", "one")] == [["one"], []]
+        assert json.loads(user("serve", "one.ubj", "--name", "new", "--json"))["version"] == 1
+        assert client.post("/predict/new", json={"rows": rows}).status_code == 200
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=60) == 0
     end_s = time.monotonic() + 10

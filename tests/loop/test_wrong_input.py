@@ -245,6 +245,8 @@ REFUSED_WORDS = {
     "promote, unknown version": (["promote", "returns-free", "99"], 2, "unknown_version"),
     "promote, unknown model": (["promote", "none", "1"], 2, "unknown_model"),
     "rollback": (["rollback", "none"], 2, "unknown_model"),
+    "unserve": (["unserve", "none"], 2, "unknown_model"),
+    "unserve, a pipeline's": (["unserve", "returns-free"], 1, "conflict"),
     "models": (["models", "none"], 2, "unknown_model"),
     "drift": (["drift", "none"], 2, "unknown_model"),
     "report": (["report", "none"], 1, "unavailable"),
@@ -313,7 +315,7 @@ def test_after_down_what_was_recorded_is_told_and_what_needs_the_cluster_is_refu
     assert host.document("down")["ended"] > 0 and running(host) == []
     assert host.document("status")["cluster"] is None and host.document("down")["ended"] == 0
     read_only_verbs(host, served, f"{served['run']}-2020-03-24-00001")
-    for words in (["promote", "returns-free", "1"], ["rollback", "returns-free"]):
+    for words in (["promote", "returns-free", "1"], ["rollback", "returns-free"], ["unserve", "one"]):
         assert refused(host, *words, code=1)["code"] == "unavailable"
     assert running(host) == []
 

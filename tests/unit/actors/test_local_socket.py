@@ -4,14 +4,17 @@ import asyncio
 import os
 import resource
 import socket
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import uvloop
 
 from raymill.actors import local_socket
+from raymill.actors.local_socket import LocalSocket
 
 
-def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop(tmp_path):
+def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop(tmp_path, monkeypatch):
     async def test():
         made = []
 
@@ -19,8 +22,21 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
             def connection_made(self, transport):
                 made.append(transport)
 
-        path = tmp_path / "a.sock"
-        listener = local_socket._Listener(path, Counted)
+        class Served:
+            arguments: ClassVar = {}
+
+            def protocol(self):
+                return Counted()
+
+        async def reached(host, port):
+            return None, SimpleNamespace(close=lambda: None)
+
+        monkeypatch.setattr(asyncio, "open_connection", reached)
+        monkeypatch.setattr(LocalSocket, "_listening", lambda self: ("127.0.0.1", 8123))
+        names = {local_socket.SOCKETS_VARIABLE: str(tmp_path), **dict.fromkeys(local_socket._RANGE, "8123")}
+        beside = LocalSocket(Served(), names)
+        await beside.open("10.0.0.7")
+        path = tmp_path / "10.0.0.7_8123.sock"
         clients = []
         for _ in range(200):
             clients.append(socket.socket(socket.AF_UNIX))
@@ -30,7 +46,7 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
             await asyncio.sleep(0)
             turns += 1
         assert turns < 20
-        listener.close()
+        beside.close()
         assert not path.exists()
         with pytest.raises(OSError):
             socket.socket(socket.AF_UNIX).connect(str(path))

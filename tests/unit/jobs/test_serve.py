@@ -7,6 +7,7 @@ import pickle
 import shlex
 import subprocess
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from raymill.actors.scheduler import GpuPoolScheduler
 from raymill.jobs.cli.output import out
 from raymill.jobs.cli.serve import _print, describe
 from raymill.jobs.model_target import Target, Wish, read_target
-from raymill.jobs.serving_alone import give_up_grant, put_up
-from raymill.runtime.errors import Conflict, ModelError, SpecError, Usage
+from raymill.jobs.serving_alone import give_up_grant, put_up, take_off
+from raymill.runtime.errors import Conflict, ModelError, SpecError, UnknownModel, Usage
 from raymill.runtime.messages import Manifest
 from raymill.runtime.records import RecordsActor
 from tests.unit.actors.test_scheduler import DictPool
@@ -192,6 +193,31 @@ def test_models_stand_beside_each_other_on_one_application_under_one_grant(servi
     give_up_grant(scheduler, reason="a pipeline's replicas take its place")
     assert scheduler.leases("serve") == []
     assert stages(records, "n") == ["live"]
+
+
+def test_a_model_is_taken_off_beside_the_others_and_its_file_puts_it_back(serving, scheduler):
+    serve, records, endpoint = serving
+    serve(b"one")
+    serve(b"two")
+    serve(b"other", name="n", inputs=("x",))
+    with pytest.raises(UnknownModel, match="'k' is not served; served: m, n"):
+        take_off("k", endpoint, scheduler)
+    assert take_off("m", endpoint, scheduler) == ["n"] and len(scheduler.leases("serve")) == 1
+    assert [m.name for m in endpoint.served] == ["n"] and stages(records) == ["live", "canary"]
+    assert serve(b"one").stage == "live" and roles(endpoint) == {1: ("live", 0.8), 2: ("canary", 0.2)}
+    take_off("m", endpoint, scheduler)
+    assert take_off("n", endpoint, scheduler) == [] and endpoint.served == [] and scheduler.leases("serve") == []
+    with pytest.raises(UnknownModel, match="served: nothing"):
+        take_off("n", endpoint, scheduler)
+
+
+def test_a_pipelines_model_is_not_taken_off(serving, scheduler):
+    serve, _, endpoint = serving
+    serve(b"one")
+    endpoint.served = [replace(m, plan={"features": []}) for m in endpoint.served]
+    with pytest.raises(Conflict, match="model of a pipeline"):
+        take_off("m", endpoint, scheduler)
+    assert len(endpoint.served) == len(scheduler.leases("serve")) == 1
 
 
 def test_a_version_that_does_not_load_stays_a_candidate_and_may_be_tried_again(serving, scheduler):
