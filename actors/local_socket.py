@@ -1,19 +1,20 @@
-"""The replica's server on a Unix socket, too, for a proxy on the same host: half of what TCP takes in the kernel.
+"""How a proxy's connections come in: on the same host by a Unix socket, half of what TCP takes in the kernel.
 
 uvicorn is given its listening sockets by Serve and knows of no other, so the socket is opened here, with the protocol
 that uvicorn asks for each connection; such connections are uvicorn's own in all else, its shutdown included. What
-Serve's proxy is told to use is decided by its launcher (`cluster/serve_proxy.py`): where there is no such socket, TCP.
+Serve's proxy is told to use is decided by its launcher (`cluster/serve_proxy.py`): where there is no such socket, TCP,
+whose connections are taken here beside uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -36,16 +37,16 @@ class LocalSocket:
 
     def __init__(self, fast: Fast, environment: Mapping[str, str]) -> None:
         self._fast, self._environment = fast, environment
-        self._listener: _Listener | None = None
+        self._listeners: list[_Listener] = []
+        self._path: Path | None = None
 
     async def open(self, address: str) -> None:
-        """Open it, as soon as uvicorn listens; nothing, where no folder is named.
+        """Open it, as soon as uvicorn listens; the TCP port's connections alone, where no folder is named.
 
         Args:
             address: this node's, by which Serve's proxy knows the replica.
         """
-        folder = self._environment.get(SOCKETS_VARIABLE)
-        if not folder or not all(name in self._environment for name in _RANGE):
+        if not all(name in self._environment for name in _RANGE):
             return
         for _ in range(_LOOKS):
             if (found := self._listening()) is not None:
@@ -53,53 +54,76 @@ class LocalSocket:
             await asyncio.sleep(_LOOK_S)
         else:
             return
-        host, port = found
+        host, port, descriptor = found
         _, writer = await asyncio.open_connection("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
         writer.close()  # all that is wanted is the protocol's arguments
         while self._fast.arguments is None:
             await asyncio.sleep(_LOOK_S)
         arguments = self._fast.arguments
-        path = Path(folder, f"{address}_{port}.sock")
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # of a replica that was killed
-        self._listener = _Listener(path, lambda: self._fast.protocol(**arguments))
+        self._take(socket.socket(fileno=os.dup(descriptor)), descriptor, arguments)
+        if folder := self._environment.get(SOCKETS_VARIABLE):
+            path = Path(folder, f"{address}_{port}.sock")
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a replica that was killed
+            listening = socket.socket(socket.AF_UNIX)
+            listening.bind(str(path))
+            self._path = path
+            path.chmod(0o600)
+            listening.listen(2048)
+            self._take(listening, descriptor, arguments)
 
     def close(self) -> None:
         """Take no further connections; those that are open are uvicorn's to end."""
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
-    def _listening(self) -> tuple[str, int] | None:
+    def _take(self, listening: socket.socket, descriptor: int, arguments: Mapping[str, Any]) -> None:
+        its = _inode(descriptor)
+        self._listeners.append(
+            _Listener(listening, lambda: self._fast.protocol(**arguments), lambda: _inode(descriptor) == its)
+        )
+
+    def _listening(self) -> tuple[str, int, int] | None:
+        """Address, port and descriptor of Serve's socket."""
         low, high = (int(self._environment[name]) for name in _RANGE)
         for one in psutil.Process().net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and low <= one.laddr.port <= high:
-                return one.laddr.ip, one.laddr.port
+                return one.laddr.ip, one.laddr.port, one.fd
         return None
 
 
 class _Listener:
-    """A Unix socket that takes all connections that wait."""
+    """Takes all connections that wait at a listening socket."""
 
-    def __init__(self, path: Path, protocol: Callable[[], asyncio.Protocol]) -> None:
-        """Listen at `path`, which is the owner's alone; `protocol` makes that of a connection."""
-        self._path, self._protocol = path, protocol
+    def __init__(
+        self,
+        listening: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        goes_on: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`listening` is the listener's from now on; `protocol` makes that of a connection.
+
+        Once the server does not go on, none is taken: it waits for those that it has, and would wait for a new one.
+        """
+        self._protocol, self._goes_on = protocol, goes_on
         self._loop = asyncio.get_running_loop()
         self._begun: set[asyncio.Task[object]] = set()
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket = listening
         self._socket.setblocking(False)
-        self._socket.bind(str(path))
-        path.chmod(0o600)
-        self._socket.listen(2048)
         self._loop.add_reader(self._socket, self._take)
 
     def close(self) -> None:
         """Take none any more."""
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
 
     def _take(self) -> None:
+        if not self._goes_on():
+            self.close()
+            return
         for _ in range(TAKEN_AT_ONCE):
             try:
                 connection, _ = self._socket.accept()
@@ -117,3 +141,11 @@ class _Listener:
     def _wait(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.add_reader(self._socket, self._take)
+
+
+def _inode(descriptor: int) -> int:
+    """By which a socket is known; -1: the descriptor is closed."""
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:
+        return -1

@@ -1,5 +1,4 @@
-"""A model without a pipeline on the endpoint of a cluster: registered, loaded by the replicas, then given its stage;
-and taken off again.
+"""A model without a pipeline on a cluster's endpoint: registered, loaded by the replicas, given its stage, taken off.
 
 A version takes traffic before the registry calls it live or canary, never after: one that does not load stays a
 candidate, and what was served goes on. Every step may be done again.

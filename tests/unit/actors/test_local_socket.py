@@ -14,7 +14,8 @@ from raymill.actors import local_socket
 from raymill.actors.local_socket import LocalSocket
 
 
-def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["unix", "tcp"])
+def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop(tmp_path, monkeypatch, by):
     async def test():
         made = []
 
@@ -32,20 +33,31 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
             return None, SimpleNamespace(close=lambda: None)
 
         monkeypatch.setattr(asyncio, "open_connection", reached)
-        monkeypatch.setattr(LocalSocket, "_listening", lambda self: ("127.0.0.1", 8123))
+        monkeypatch.setattr(LocalSocket, "_listening", lambda self: ("127.0.0.1", 8123, port.fileno()))
+        port = socket.create_server(("127.0.0.1", 0), backlog=2048)
         names = {local_socket.SOCKETS_VARIABLE: str(tmp_path), **dict.fromkeys(local_socket._RANGE, "8123")}
         beside = LocalSocket(Served(), names)
         await beside.open("10.0.0.7")
         path = tmp_path / "10.0.0.7_8123.sock"
+        assert oct(path.stat().st_mode & 0o777) == "0o600"
+        unix, tcp = (socket.AF_UNIX, str(path)), (socket.AF_INET, port.getsockname())
+        family, place = unix if by == "unix" else tcp
         clients = []
         for _ in range(200):
-            clients.append(socket.socket(socket.AF_UNIX))
-            clients[-1].connect(str(path))
+            clients.append(socket.socket(family))
+            clients[-1].connect(place)
         turns = 0
         while len(made) < len(clients):
             await asyncio.sleep(0)
             turns += 1
         assert turns < 20
+        port.close()  # as uvicorn does when it stops
+        with socket.socket(family) as late:
+            late.connect(place)
+            late.settimeout(5)
+            with pytest.raises(ConnectionResetError):
+                await asyncio.to_thread(late.recv, 1)
+        assert len(made) == 200
         beside.close()
         assert not path.exists()
         with pytest.raises(OSError):
@@ -66,7 +78,8 @@ def test_a_listener_without_descriptors_takes_connections_again_later(tmp_path, 
                 made.set()
                 transport.close()
 
-        listener = local_socket._Listener(tmp_path / "a.sock", Told)
+        listening = socket.create_server(str(tmp_path / "a.sock"), family=socket.AF_UNIX)
+        listener = local_socket._Listener(listening, Told)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with socket.socket(socket.AF_UNIX) as client:
             free = os.dup(client.fileno())
