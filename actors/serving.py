@@ -42,10 +42,10 @@ from raymill.actors.lakes import Lakes
 from raymill.actors.lane import Done, Lane, Ticket
 from raymill.actors.load_meter import LoadMeter, as_stats
 from raymill.actors.load_notes import LoadNotes
-from raymill.actors.local_socket import LocalSocket
 from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, LoadedModel, Prepared, Question
 from raymill.actors.predictions import PredictionLog, Sink
+from raymill.actors.proxy_sockets import ProxySockets
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec, from_user_config, generation
@@ -132,7 +132,7 @@ class ServingReplica:
         self.door = Door(KeyPolicy(keys), self._records)
         self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
-        self._socket = LocalSocket(self.fast, os.environ)
+        self._sockets = ProxySockets(self.fast, os.environ)
         self._opens: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -236,7 +236,7 @@ class ServingReplica:
                 await self._open_fast_lane()
                 grpc_service.answer_with(self)
                 if not self.fast.reason:
-                    self._opens = loop.create_task(self._open_socket())
+                    self._opens = loop.create_task(self._open_sockets())
                 if gauges := surroundings.gauges_of_serve():
                     self._metrics = ReplicaMetrics(self._load.reading, self.models.attempts.tallies, gauges)
                     self._metrics.start(loop)
@@ -244,16 +244,16 @@ class ServingReplica:
             else:
                 if self._opens is not None:
                     self._opens.cancel()
-                self._socket.close()
+                self._sockets.close()
                 if self._metrics is not None:
                     self._metrics.stop()
                 await loop.run_in_executor(None, self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    async def _open_socket(self) -> None:
+    async def _open_sockets(self) -> None:
         try:
-            await self._socket.open(surroundings.own_address())
+            await self._sockets.open(surroundings.own_address())
         except Exception as err:  # noqa: BLE001 - psutil, the file system: whatever breaks there, TCP goes on
             _log.warning("the proxy reaches this replica by TCP: %s: %s", type(err).__name__, err)
 

@@ -91,7 +91,7 @@ def changed(text: str) -> tuple[str, list[str]]:
 
 
 def by_sockets(text: str, folder: str) -> str:
-    """The configuration, replicas by the Unix socket on which they listen in that folder (`actors/local_socket.py`)."""
+    """The configuration, replicas by the Unix socket at which they listen there (`actors/proxy_sockets.py`)."""
 
     def place(server: re.Match[str]) -> str:
         # Serve calls its own node by the loopback address, the file has the node's own: two are of hosts that share a

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import fastlane, http_head, local_socket, selftest
+from raymill.actors import fastlane, http_head, proxy_sockets, selftest
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
 from raymill.actors.lane import Ticket
-from raymill.actors.local_socket import LocalSocket
+from raymill.actors.proxy_sockets import ProxySockets
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import converse, masked, post
 from raymill.actors.serving import ServingReplica
@@ -411,8 +411,8 @@ def test_the_server_listens_on_a_unix_socket_too_and_ends_its_connections_with_t
         found = await replica(tmp_path, LIVE, sink=ListSink())
         async with served(found) as (port, server):
             folder = tmp_path / "s"
-            names = dict(zip(local_socket._RANGE, (str(port), str(port)), strict=True))
-            beside = LocalSocket(found.fast, {local_socket.SOCKETS_VARIABLE: str(folder), **names})
+            names = dict(zip(proxy_sockets._RANGE, (str(port), str(port)), strict=True))
+            beside = ProxySockets(found.fast, {proxy_sockets.SOCKETS_VARIABLE: str(folder), **names})
             await beside.open("10.0.0.7")
             path = folder / f"10.0.0.7_{port}.sock"
             assert oct(path.stat().st_mode & 0o777) == "0o600"

@@ -32,7 +32,7 @@ _RANGE = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MA
 _LOOK_S, _LOOKS = 0.05, 600
 
 
-class LocalSocket:
+class ProxySockets:
     """Of one replica; used on the event loop of its server."""
 
     def __init__(self, fast: Fast, environment: Mapping[str, str]) -> None:
@@ -41,7 +41,7 @@ class LocalSocket:
         self._path: Path | None = None
 
     async def open(self, address: str) -> None:
-        """Open it, as soon as uvicorn listens; the TCP port's connections alone, where no folder is named.
+        """Take connections as soon as uvicorn listens; the TCP port's connections alone, where no folder is named.
 
         Args:
             address: this node's, by which Serve's proxy knows the replica.

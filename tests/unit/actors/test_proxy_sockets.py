@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 import uvloop
 
-from raymill.actors import local_socket
-from raymill.actors.local_socket import LocalSocket
+from raymill.actors import proxy_sockets
+from raymill.actors.proxy_sockets import ProxySockets
 
 
 @pytest.mark.parametrize("by", ["unix", "tcp"])
@@ -33,10 +33,10 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
             return None, SimpleNamespace(close=lambda: None)
 
         monkeypatch.setattr(asyncio, "open_connection", reached)
-        monkeypatch.setattr(LocalSocket, "_listening", lambda self: ("127.0.0.1", 8123, port.fileno()))
+        monkeypatch.setattr(ProxySockets, "_listening", lambda self: ("127.0.0.1", 8123, port.fileno()))
         port = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        names = {local_socket.SOCKETS_VARIABLE: str(tmp_path), **dict.fromkeys(local_socket._RANGE, "8123")}
-        beside = LocalSocket(Served(), names)
+        names = {proxy_sockets.SOCKETS_VARIABLE: str(tmp_path), **dict.fromkeys(proxy_sockets._RANGE, "8123")}
+        beside = ProxySockets(Served(), names)
         await beside.open("10.0.0.7")
         path = tmp_path / "10.0.0.7_8123.sock"
         assert oct(path.stat().st_mode & 0o777) == "0o600"
@@ -70,7 +70,7 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
 
 def test_a_listener_without_descriptors_takes_connections_again_later(tmp_path, monkeypatch, caplog):
     async def test():
-        monkeypatch.setattr(local_socket, "_AGAIN_S", 0.05)
+        monkeypatch.setattr(proxy_sockets, "_AGAIN_S", 0.05)
         made = asyncio.Event()
 
         class Told(asyncio.Protocol):
@@ -79,7 +79,7 @@ def test_a_listener_without_descriptors_takes_connections_again_later(tmp_path, 
                 transport.close()
 
         listening = socket.create_server(str(tmp_path / "a.sock"), family=socket.AF_UNIX)
-        listener = local_socket._Listener(listening, Told)
+        listener = proxy_sockets._Listener(listening, Told)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with socket.socket(socket.AF_UNIX) as client:
             free = os.dup(client.fileno())
