@@ -1,4 +1,4 @@
-"""How a proxy's connections come in: on the same host by a Unix socket, half of what TCP takes in the kernel.
+"""How a proxy's connections come in: on the same host by a Unix socket, which takes the kernel less than TCP.
 
 uvicorn is given its listening sockets by Serve and knows of no other, so the socket is opened here, with the protocol
 that uvicorn asks for each connection; such connections are uvicorn's own in all else, its shutdown included. What
@@ -60,7 +60,7 @@ class ProxySockets:
         while self._fast.arguments is None:
             await asyncio.sleep(_LOOK_S)
         arguments = self._fast.arguments
-        self._take(socket.socket(fileno=os.dup(descriptor)), descriptor, arguments)
+        self._listen(socket.socket(fileno=os.dup(descriptor)), descriptor, arguments)
         if folder := self._environment.get(SOCKETS_VARIABLE):
             path = Path(folder, f"{address}_{port}.sock")
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class ProxySockets:
             self._path = path
             path.chmod(0o600)
             listening.listen(2048)
-            self._take(listening, descriptor, arguments)
+            self._listen(listening, descriptor, arguments)
 
     def close(self) -> None:
         """Take no further connections; those that are open are uvicorn's to end."""
@@ -79,7 +79,8 @@ class ProxySockets:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def _take(self, listening: socket.socket, descriptor: int, arguments: Mapping[str, Any]) -> None:
+    def _listen(self, listening: socket.socket, descriptor: int, arguments: Mapping[str, Any]) -> None:
+        """Take connections there, as long as the descriptor is that of Serve's socket."""
         its = _inode(descriptor)
         self._listeners.append(
             _Listener(listening, lambda: self._fast.protocol(**arguments), lambda: _inode(descriptor) == its)
@@ -98,10 +99,7 @@ class _Listener:
     """Takes all connections that wait at a listening socket."""
 
     def __init__(
-        self,
-        listening: socket.socket,
-        protocol: Callable[[], asyncio.Protocol],
-        goes_on: Callable[[], bool] = lambda: True,
+        self, listening: socket.socket, protocol: Callable[[], asyncio.Protocol], goes_on: Callable[[], bool]
     ) -> None:
         """`listening` is the listener's from now on; `protocol` makes that of a connection.
 

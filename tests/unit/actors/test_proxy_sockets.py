@@ -1,4 +1,4 @@
-"""The replica's Unix socket takes what waits, however many those are."""
+"""The replica's sockets take what waits, however many those are, until its server stops."""
 
 import asyncio
 import os
@@ -79,7 +79,7 @@ def test_a_listener_without_descriptors_takes_connections_again_later(tmp_path, 
                 transport.close()
 
         listening = socket.create_server(str(tmp_path / "a.sock"), family=socket.AF_UNIX)
-        listener = proxy_sockets._Listener(listening, Told)
+        listener = proxy_sockets._Listener(listening, Told, lambda: True)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with socket.socket(socket.AF_UNIX) as client:
             free = os.dup(client.fileno())
