@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -113,6 +114,39 @@ async def send_reply(send: Send, reply: Reply) -> None:
     ]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})
+
+
+async def ask(app: Any, scope: Scope, body: bytes, left: asyncio.Event) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Have an application answer a request that is whole: status, headers and body.
+
+    Args:
+        app: of ASGI 3.
+        scope: the request.
+        body: its body.
+        left: set when whoever asked goes away.
+
+    Raises:
+        RuntimeError: it ended without an answer.
+    """
+    begun: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    given = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        (begun if message["type"] == "http.response.start" else parts).append(message)
+
+    await app(scope, receive, send)
+    if not begun or not parts or parts[-1].get("more_body"):
+        raise RuntimeError("the application gave no answer, or half of one")
+    return begun[0]["status"], [*begun[0].get("headers", ())], b"".join([p.get("body", b"") for p in parts])
 
 
 def json_reply(document: object, status: int = 200) -> Reply:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from raymill.actors import asgi, http_head
+from raymill.actors import asgi, http2, http_head
 from raymill.actors.answering import Call, HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.http_head import Head
@@ -36,6 +36,8 @@ PATIENCE_S = 20.0
 """For how long a request that is not whole may bring nothing worth mentioning."""
 PROGRESS_BYTES = 64 << 10
 """What is worth mentioning."""
+MAX_BLOCK_BYTES = 4 * http_head.MAX_HEAD_BYTES
+"""Of the headers of a stream, as of a head that is left to uvicorn."""
 _KNOWN_HEADS = 512
 _KNOWN_HEAD_BYTES = 2048
 
@@ -90,6 +92,7 @@ class Fast:
         """What uvicorn makes a connection's protocol with; None before the first."""
         self._accounts_of = accounts_of or (lambda app: NoAccounts())
         self._heads: dict[bytes, Head] = {}
+        self._blocks: dict[bytes, Head] = {}
         self._beginnings: dict[tuple[int, str], bytes] = {}
         self._default_headers: list[tuple[bytes, bytes]] = []
         p = os.urandom(10).hex()
@@ -110,12 +113,32 @@ class Fast:
         """The head of these bytes; None: not for the fast lane."""
         head = self._heads.get(block)
         if head is None and http_head.may_begin(block):
-            head = http_head.read_head(block)
-            if head is not None and head.is_common and len(block) <= _KNOWN_HEAD_BYTES:
-                if len(self._heads) >= _KNOWN_HEADS:
-                    self._heads.clear()
-                self._heads[block] = head
+            head = _learn(self._heads, block, block)
         return head
+
+    def head_of_stream(self, block: bytes) -> Head | None:
+        """The same of an HTTP/2 header block.
+
+        Raises:
+            http2.Malformed: it is none.
+        """
+        head = self._blocks.get(block)
+        if head is None:
+            fields = http2.read_block(block, MAX_BLOCK_BYTES)
+            head = _learn(self._blocks, block, http2.as_http1(fields))
+        return head
+
+    def call(self, head: Head, body: bytes, is_local: bool, done: Callable[[Reply], None]) -> Ticket | None:
+        """Have a request answered; `done` gets the reply on the event loop, perhaps before this returns."""
+        self.requests += 1
+        if self.accounts is not None:
+            self.accounts.begin()
+        refusal = self.refusal(head.headers, Right.PREDICT, is_local)
+        if refusal is not None:
+            done(refusal)
+            return None
+        call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
+        return self.service.submit(call, done)
 
     def beginning(self, status: int, content_type: str, default_headers: list[tuple[bytes, bytes]]) -> bytes:
         """A reply up to the length of its body."""
@@ -283,15 +306,7 @@ class FastLane(HttpToolsProtocol):
         self._ended = not head.keep_alive
         due = _Due(self, head, head.request_id or fast.new_request_id())
         self._due.append(due)
-        fast.requests += 1
-        if fast.accounts is not None:
-            fast.accounts.begin()
-        refusal = fast.refusal(head.headers, Right.PREDICT, self._is_local)
-        if refusal is not None:
-            due.answered(refusal)
-            return
-        call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
-        ticket = fast.service.submit(call, due.answered)
+        ticket = fast.call(head, body, self._is_local, due.answered)
         if due.reply is None:
             due.ticket = ticket
 
@@ -313,8 +328,8 @@ class FastLane(HttpToolsProtocol):
             self._plain = True
         if self._head_open:
             self._head_bytes += len(data)
-            if self._head_bytes > 4 * http_head.MAX_HEAD_BYTES:
-                error = TooLarge(f"the head of the request has more than {4 * http_head.MAX_HEAD_BYTES} bytes")
+            if self._head_bytes > MAX_BLOCK_BYTES:
+                error = TooLarge(f"the head of the request has more than {MAX_BLOCK_BYTES} bytes")
                 self._refuse(asgi.error_reply(error, 431))
         if self._stops:
             super().shutdown()
@@ -421,6 +436,16 @@ class FastLane(HttpToolsProtocol):
         if not self._due and not self._uvicorn_answers():
             self.transport.write(self._bytes_of(reply, self._fast.new_request_id(), True))
         self.transport.close()
+
+
+def _learn(known: dict[bytes, Head], key: bytes, text: bytes) -> Head | None:
+    """What a head says; one that may come again is known from then on."""
+    head = http_head.read_head(text)
+    if head is not None and head.is_common and len(key) <= _KNOWN_HEAD_BYTES:
+        if len(known) >= _KNOWN_HEADS:
+            known.clear()
+        known[key] = head
+    return head
 
 
 def _socket_of(transport: asyncio.Transport) -> int:

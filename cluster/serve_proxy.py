@@ -19,6 +19,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,17 @@ CHECK_S = 10.0
 """How long HAProxy may take to look at a configuration."""
 WHOLE_S = 20
 """Seconds in which a request must have come, up to the size that the proxy keeps."""
+
+
+STREAMED_BYTES = 4096
+"""Body of a request up to which it goes as a stream; what `actors/proxy_streams.py` takes is more."""
+_BESIDE = "-via-ingress-request-router"
+_STREAMS = ".h2 proto h2"
+_SMALL = (
+    "METH_POST { path_beg /predict/ /v2/models/ } { req.hdr(content-length) -m found } "
+    f"{{ req.hdr_val(content-length) le {STREAMED_BYTES} }}"
+)
+_SERVER = r"^ +server (\S+) (\S+)(.*)$"
 
 
 class _Change(NamedTuple):
@@ -102,6 +114,38 @@ def by_sockets(text: str, folder: str) -> str:
     return re.sub(r"^( +server \S+ )(127\.0\.0\.1):(\d+)(?= )", place, text, flags=re.MULTILINE)
 
 
+def with_streams(text: str) -> str:
+    """The configuration, small requests to predict as streams of HTTP/2 to replicas that take them.
+
+    They have a backend of their own, with the same servers, whose health is that of the first. It has the name of the
+    second backend that Serve itself makes for some applications: so Serve counts its requests among those under way.
+    """
+    streamed = []
+
+    def beside(found: re.Match[str]) -> str:
+        servers = re.sub(_SERVER, partial(_streaming, found[1]), found[0], flags=re.MULTILINE)
+        if _STREAMS not in servers:
+            return found[0]
+        streamed.append(found[1])
+        servers = re.sub(r"^    (?:option httpchk|http-check|default-server) .*\n", "", servers, flags=re.MULTILINE)
+        return f"{found[0]}{servers.replace(found[1], found[1] + _BESIDE, 1)}"
+
+    text = re.sub(r"^backend (\S+)\n(?:[ \t]+.*\n|\n)*", beside, text, flags=re.MULTILINE)
+    for name in streamed:
+        use = f"    use_backend {name}{{}} if is_{name}"
+        text = text.replace(f"{use.format('')}\n", f"{use.format(_BESIDE)} {_SMALL}\n{use.format('')}\n", 1)
+    return text
+
+
+def _streaming(backend: str, server: re.Match[str]) -> str:
+    """A server's line in the backend beside."""
+    name, place, backup = server[1], server[2], " backup" if " backup" in server[3] else ""
+    path = place.removeprefix("unix@").removesuffix(".sock")
+    if path != place and _answers(f"{path}.h2"):
+        place = f"unix@{path}{_STREAMS}"
+    return f"    server {name} {place} track {backend}/{name}{backup}"
+
+
 def _answers(path: str) -> bool:
     """Whether somebody listens: the file of a replica that was killed is still there."""
     with socket.socket(socket.AF_UNIX) as tried:
@@ -143,7 +187,7 @@ def prepare(haproxy: str, arguments: list[str]) -> str:
     text, left_out = changed(path.read_text())
     said = "".join(f"raymill: no place in Serve's configuration, left out: {why}\n" for why in left_out)
     if folder := os.environ.get(SOCKETS_VARIABLE):
-        text = by_sockets(text, folder)
+        text = with_streams(by_sockets(text, folder))
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text)
     try:
