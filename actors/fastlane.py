@@ -22,9 +22,10 @@ from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from raymill.actors import asgi, http2, http_head
+from raymill.actors import asgi, grpc_heads, http2, http_head
 from raymill.actors.answering import Call, HttpCall
 from raymill.actors.asgi import Reply
+from raymill.actors.grpc_heads import GrpcHead
 from raymill.actors.http_head import Head
 from raymill.actors.lane import Ticket
 from raymill.runtime.api_keys import Right
@@ -92,7 +93,7 @@ class Fast:
         """What uvicorn makes a connection's protocol with; None before the first."""
         self._accounts_of = accounts_of or (lambda app: NoAccounts())
         self._heads: dict[bytes, Head] = {}
-        self._blocks: dict[bytes, Head] = {}
+        self._blocks: dict[bytes, Head | GrpcHead] = {}
         self._beginnings: dict[tuple[int, str], bytes] = {}
         self._default_headers: list[tuple[bytes, bytes]] = []
         p = os.urandom(10).hex()
@@ -113,11 +114,12 @@ class Fast:
         """The head of these bytes; None: not for the fast lane."""
         head = self._heads.get(block)
         if head is None and http_head.may_begin(block):
-            head = _learn(self._heads, block, block)
+            head = http_head.read_head(block)
+            _remember(self._heads, block, head)
         return head
 
-    def head_of_stream(self, block: bytes) -> Head | None:
-        """The same of an HTTP/2 header block.
+    def head_of_stream(self, block: bytes) -> Head | GrpcHead | None:
+        """The same of an HTTP/2 header block, which may be a gRPC call's.
 
         Raises:
             http2.Malformed: it is none.
@@ -125,7 +127,8 @@ class Fast:
         head = self._blocks.get(block)
         if head is None:
             fields = http2.read_block(block, MAX_BLOCK_BYTES)
-            head = _learn(self._blocks, block, http2.as_http1(fields))
+            head = grpc_heads.read(fields) or http_head.read_head(http2.as_http1(fields))
+            _remember(self._blocks, block, head)
         return head
 
     def call(self, head: Head, body: bytes, is_local: bool, done: Callable[[Reply], None]) -> Ticket | None:
@@ -438,14 +441,12 @@ class FastLane(HttpToolsProtocol):
         self.transport.close()
 
 
-def _learn(known: dict[bytes, Head], key: bytes, text: bytes) -> Head | None:
-    """What a head says; one that may come again is known from then on."""
-    head = http_head.read_head(text)
-    if head is not None and head.is_common and len(key) <= _KNOWN_HEAD_BYTES:
+def _remember(known: dict[bytes, Any], block: bytes, head: Head | GrpcHead | None) -> None:
+    """A head that may come again is not read again."""
+    if head is not None and head.is_common and len(block) <= _KNOWN_HEAD_BYTES:
         if len(known) >= _KNOWN_HEADS:
             known.clear()
-        known[key] = head
-    return head
+        known[block] = head
 
 
 def _socket_of(transport: asyncio.Transport) -> int:

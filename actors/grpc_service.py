@@ -89,6 +89,7 @@ class Service(Protocol):
 
 _NO_TRACE: Mapping[str, str] = {}
 _here: list[Service] = []
+_books: list[Accounts] = []
 
 
 def answer_with(service: Service) -> None:
@@ -96,11 +97,17 @@ def answer_with(service: Service) -> None:
     _here[:] = [service]
 
 
+def books() -> Accounts:
+    """Where this process's calls of `ModelInfer` are counted."""
+    return _books[0] if _books else NoAccounts()
+
+
 def add_to_server(_: Any, server: Any) -> None:
     """Offer the service on a gRPC server of Serve's (`grpc_servicer_functions`)."""
     if hasattr(server, "add_passthrough_service"):
         server.add_passthrough_service(SERVICE)
-    methods = _Methods(_accounts(server), _held_calls(server))
+    _books[:] = [_accounts(server)]
+    methods = _Methods(_books[0], _held_calls(server))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods.handlers()),))
 
 
@@ -232,7 +239,7 @@ def _model_metadata(request: ModelMetadataRequest) -> ModelMetadataResponse:
 
 
 async def _abort(context: Context, reply: Reply) -> bytes:
-    await context.abort(_code(reply.status), _words(reply))
+    await context.abort(code_of(reply.status), words_of(reply))
     raise AssertionError("abort raises")
 
 
@@ -243,14 +250,16 @@ def _path(method: str) -> str:
 def _streamed(reply: Reply) -> bytes:
     if reply.status == 200:
         return _bytes(ModelStreamInferResponse(infer_response=ModelInferResponse.FromString(reply.body)))
-    return _bytes(ModelStreamInferResponse(error_message=_words(reply)))
+    return _bytes(ModelStreamInferResponse(error_message=words_of(reply)))
 
 
-def _code(status: int) -> grpc.StatusCode:
+def code_of(status: int) -> grpc.StatusCode:
+    """The code that stands for a reply's status."""
     return _CODES.get(status, grpc.StatusCode.INTERNAL)
 
 
-def _words(reply: Reply) -> str:
+def words_of(reply: Reply) -> str:
+    """What a caller is told by a reply that refuses."""
     told = orjson.loads(reply.body)
     return f"{told['error']} ({told['remedy']})"
 
@@ -297,7 +306,7 @@ def _accounts(server: Any) -> Accounts:
         return NoAccounts()
     open_access_log()
     try:
-        return ServeAccounts(replica, f"/{SERVICE}/ModelInfer", lambda status: _code(status).name)
+        return ServeAccounts(replica, f"/{SERVICE}/ModelInfer", lambda status: code_of(status).name)
     except Exception as err:  # noqa: BLE001 - Serve's insides: the calls are answered, and the log says what is not counted
         _log.warning("gRPC calls are not counted for Serve: %s: %s", type(err).__name__, err)
         return NoAccounts()

@@ -96,15 +96,21 @@ def unpadded(flags: int, payload: bytes) -> bytes:
     return payload[begin:end]
 
 
-def message(stream: int, block: bytes, body: bytes) -> bytes:
-    """Frames of a whole request or reply; neither part may be larger than a frame."""
+def message(stream: int, block: bytes, body: bytes, trailers: bytes = b"") -> bytes:
+    """Frames of a whole request or reply; no part may be larger than a frame."""
     head, data = len(block), len(body)
-    return b"%b%b%b%b" % (
+    return b"%b%b%b%b%b" % (
         FRAME_HEAD.pack(head >> 8, head & 0xFF, HEADERS, END_HEADERS, stream),
         block,
-        FRAME_HEAD.pack(data >> 8, data & 0xFF, DATA, END_STREAM, stream),
+        FRAME_HEAD.pack(data >> 8, data & 0xFF, DATA, 0 if trailers else END_STREAM, stream),
         body,
+        last(stream, trailers) if trailers else b"",
     )
+
+
+def last(stream: int, block: bytes) -> bytes:
+    """A frame of headers with which a stream ends: trailers, or all there is."""
+    return frame(HEADERS, END_HEADERS | END_STREAM, stream, block)
 
 
 def field(name: bytes, value: bytes) -> bytes:

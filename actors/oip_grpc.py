@@ -42,9 +42,11 @@ class GrpcCall:
     request: ModelInferRequest
     headers: Mapping[str, str] = field(default_factory=dict)
     """The metadata that say which trace it belongs to."""
+    timeout_s: float | None = None
+    """As `Call.timeout_s`; None also where gRPC's server ends a call whose deadline is over."""
 
     @classmethod
-    def of(cls, data: bytes, headers: Mapping[str, str]) -> GrpcCall:
+    def of(cls, data: bytes, headers: Mapping[str, str], timeout_s: float | None = None) -> GrpcCall:
         """The call of a message's bytes.
 
         Raises:
@@ -54,7 +56,7 @@ class GrpcCall:
         if len(data) > MAX_BODY_BYTES:
             raise TooLarge(f"the message is larger than {MAX_BODY_BYTES} bytes: split the rows over several requests")
         try:
-            return cls(ModelInferRequest.FromString(data), headers)
+            return cls(ModelInferRequest.FromString(data), headers, timeout_s)
         except DecodeError as err:
             raise RequestError(f"the message is no ModelInferRequest ({err}): see the protocol's .proto") from err
 
@@ -62,10 +64,6 @@ class GrpcCall:
     def model(self) -> str:
         """Name of the model asked."""
         return self.request.model_name
-
-    @property
-    def timeout_s(self) -> None:
-        """None: gRPC itself ends a call whose deadline is over."""
 
     def read(self, model: LoadedModel, now_us: int) -> tuple[Question, Write]:
         """What is asked, and how to write the answer.

@@ -1,11 +1,13 @@
-"""The fast lane for the proxy of the same host: small requests to predict as streams of a few HTTP/2 connections.
+"""The fast lane for the proxy of the same host: small requests to predict, and gRPC's, as streams of HTTP/2.
 
 Over HTTP/1.1 each request under way has a connection of its own, so proxy and replica read, write and wake each other
 once a request. Here whatever comes together is read at once, and the replies to a batch are written together. The
-proxy sends its small requests to predict this way and all else by HTTP/1.1 (`cluster/serve_proxy.py`).
+proxy sends its small requests to predict this way and all else by HTTP/1.1 (`cluster/serve_proxy.py`). Calls of
+`ModelInfer` come this way, too, past the gRPC server of the replica, which takes more time for a call than a model.
 
 Invariants
-- A stream is answered as the same request is over HTTP/1.1; what is odd goes to the ASGI application, as there.
+- A stream is answered as the same request is over HTTP/1.1, or the same call by the gRPC server; what is odd goes to
+  the ASGI application, as over HTTP/1.1.
 - What a stream holds is bounded: bytes of a head, of a body, streams under way.
 - The socket is the proxy's alone, so who breaks the protocol is our mistake or HAProxy's: it is logged, and the
   connection ends. The proxy sends again what was under way.
@@ -20,22 +22,29 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from raymill.actors import asgi, http2
+from raymill.actors import asgi, grpc_heads, grpc_service, http2
 from raymill.actors.answering import failure
 from raymill.actors.asgi import Reply
-from raymill.actors.fastlane import MAX_BLOCK_BYTES, Fast
+from raymill.actors.fastlane import MAX_BLOCK_BYTES, Accounts, Fast
+from raymill.actors.grpc_heads import GrpcHead
 from raymill.actors.http2 import Malformed
 from raymill.actors.http_head import Head
 from raymill.actors.lane import Ticket
+from raymill.actors.oip_grpc import GrpcCall
+from raymill.actors.serve_accounts import GONE
 from raymill.actors.stream_replies import Replies
-from raymill.runtime.errors import TooLarge
+from raymill.actors.wire import MAX_BODY_BYTES
+from raymill.runtime.api_keys import Right
+from raymill.runtime.errors import RaymillError, TooLarge
 
 _log = logging.getLogger(__name__)
 
 MOST_STREAMS = 1024
 """Under way on one connection. HAProxy opens a hundred, and then another connection."""
 MOST_BODY_BYTES = 32 << 10
-"""Of a stream; below the window it has, so that none ever waits for more."""
+"""Of a request over HTTP: half of the window that a stream has, so that none waits for more."""
+MOST_MESSAGE_BYTES = MAX_BODY_BYTES + 5
+"""Of a gRPC call."""
 _CREDIT_BYTES = 1 << 20
 """After so many the proxy is told that it may send as many again."""
 
@@ -43,10 +52,24 @@ _CREDIT_BYTES = 1 << 20
 class _Asked:
     """A request under way."""
 
-    __slots__ = ("_connection", "block", "head", "left", "parts", "request_id", "since", "size", "stream", "ticket")
+    __slots__ = (
+        "_connection",
+        "accounts",
+        "block",
+        "head",
+        "left",
+        "parts",
+        "request_id",
+        "since",
+        "size",
+        "stream",
+        "ticket",
+    )
 
-    def __init__(self, connection: Streams, stream: int, block: bytes, head: Head | None) -> None:
+    def __init__(self, connection: Streams, stream: int, block: bytes, head: Head | GrpcHead | None) -> None:
         self._connection, self.stream, self.block, self.head = connection, stream, block, head
+        self.accounts: Accounts | None = None
+        """Where it was counted when it began."""
         self.parts: list[bytes] = []
         self.size = 0
         self.request_id = ""
@@ -169,8 +192,14 @@ class Streams(asyncio.Protocol):
         if len(self._streams) >= MOST_STREAMS:
             self._reset(stream, http2.REFUSED_STREAM)
             return
-        self._streams[stream] = asked = _Asked(self, stream, payload, self._fast.head_of_stream(payload))
-        if flags & http2.END_STREAM:
+        head = self._fast.head_of_stream(payload)
+        self._streams[stream] = asked = _Asked(self, stream, payload, head)
+        refusal = None
+        if isinstance(head, GrpcHead):  # its message may be large, and whose is refused is not kept
+            refusal = self._fast.refusal(head.headers, Right.PREDICT, self._is_local)
+        if refusal is not None:
+            self.reply(asked, refusal)
+        elif flags & http2.END_STREAM:
             self._call(asked, b"")
 
     def _data(self, stream: int, flags: int, payload: bytes) -> None:
@@ -183,12 +212,15 @@ class Streams(asyncio.Protocol):
                 raise Malformed(f"data of stream {stream}, which was not opened")
             return  # of one that was reset, or answered before its end
         asked.size += len(payload)
-        if asked.size > MOST_BODY_BYTES:
-            error = TooLarge(f"the proxy sends a body of more than {MOST_BODY_BYTES} bytes as a stream")
-            del self._streams[stream]
-            self._respond(stream, asgi.error_reply(error), self._fast.new_request_id())
+        most = MOST_MESSAGE_BYTES if isinstance(asked.head, GrpcHead) else MOST_BODY_BYTES
+        if asked.size > most:
+            error = TooLarge(f"there are more than {most} bytes: split the rows over several requests")
+            self.reply(asked, asgi.error_reply(error))
+            self._reset(stream, http2.NO_ERROR)
         elif not flags & http2.END_STREAM:
             asked.parts.append(payload)
+            if asked.size > MOST_BODY_BYTES:  # else it has not used up half of its window
+                self._replies.write(http2.frame(http2.WINDOW_UPDATE, 0, stream, len(payload).to_bytes(4, "big")))
         else:
             self._call(asked, b"".join((*asked.parts, payload)) if asked.parts else payload)
 
@@ -232,8 +264,7 @@ class Streams(asyncio.Protocol):
                 asked.ticket.left = True
             if asked.left is not None:
                 asked.left.set()
-            elif asked.since:
-                self._count(asked, 499)
+            self._count(asked, GONE)
         self._replies.forget(stream)
 
     # Requests and replies
@@ -246,20 +277,42 @@ class Streams(asyncio.Protocol):
             task = asyncio.get_running_loop().create_task(self._by_application(asked, body, asked.left))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        elif isinstance(head, GrpcHead):
+            self._infer(asked, head, body)
         elif head.length != len(body):
             del self._streams[asked.stream]
             self._reset(asked.stream, http2.PROTOCOL_ERROR)
         else:
             asked.request_id = head.request_id or fast.new_request_id()
+            asked.accounts = fast.accounts
             ticket = fast.call(head, body, self._is_local, asked.answered)
             if asked.stream in self._streams:
                 asked.ticket = ticket
 
+    def _infer(self, asked: _Asked, head: GrpcHead, body: bytes) -> None:
+        asked.accounts = grpc_service.books()
+        asked.accounts.begin()
+        try:
+            call = GrpcCall.of(grpc_heads.message_of(body), head.headers, head.timeout_s)
+        except RaymillError as err:
+            self.reply(asked, asgi.error_reply(err))
+            return
+        ticket = self._fast.service.submit(call, asked.answered)
+        if asked.stream in self._streams:
+            asked.ticket = ticket
+
     def reply(self, asked: _Asked, reply: Reply) -> None:
         """A reply of the fast lane."""
-        if self._streams.pop(asked.stream, None) is not None:
-            self._respond(asked.stream, reply, asked.request_id)
-            self._count(asked, reply.status)
+        if self._streams.pop(asked.stream, None) is None:
+            return
+        if not isinstance(asked.head, GrpcHead):
+            self._respond(asked.stream, reply, asked.request_id or self._fast.new_request_id())
+        elif reply.status == 200:
+            self._replies.send(asked.stream, *grpc_heads.answer(reply.body))
+        else:
+            code, words = grpc_service.code_of(reply.status).value[0], grpc_service.words_of(reply)
+            self._replies.send(asked.stream, *grpc_heads.failure(code, words))
+        self._count(asked, reply.status)
 
     def _respond(self, stream: int, reply: Reply, request_id: str) -> None:
         block = b"%b%b%b" % (
@@ -297,9 +350,8 @@ class Streams(asyncio.Protocol):
             self._replies.send(asked.stream, http2.status_field(status) + b"".join(fields), content)
 
     def _count(self, asked: _Asked, status: int) -> None:
-        accounts, head = self._fast.accounts, asked.head
-        if accounts is not None and head is not None:
-            accounts.end(status, time.perf_counter() - asked.since, asked.request_id, head.path)
+        if asked.accounts is not None and asked.head is not None:
+            asked.accounts.end(status, time.perf_counter() - asked.since, asked.request_id, asked.head.path)
 
 
 def scope_of(fields: list[tuple[bytes, bytes]], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,10 +26,10 @@ PATIENCE_S = 1.0
 class _Body:
     """What is left of a reply that waits for the proxy to take more."""
 
-    __slots__ = ("rest", "stream", "window")
+    __slots__ = ("rest", "stream", "trailers", "window")
 
-    def __init__(self, stream: int, rest: bytes, window: int) -> None:
-        self.stream, self.rest, self.window = stream, rest, window
+    def __init__(self, stream: int, rest: bytes, trailers: bytes, window: int) -> None:
+        self.stream, self.rest, self.trailers, self.window = stream, rest, trailers, window
 
 
 class Replies:
@@ -46,8 +46,8 @@ class Replies:
         self._out: list[bytes] = []
         self._soon = False
         self._waiting: list[_Body] = []
-        self._large: deque[tuple[int, bytes, bytes]] = deque()
-        """Stream, headers and body of those that leave when all others have."""
+        self._large: deque[tuple[int, bytes, bytes, bytes]] = deque()
+        """Stream, headers, body and trailers of those that leave when all others have."""
         self._retired = False
         self._known = False
         """Whether the proxy has said that it knows: no further stream comes."""
@@ -59,16 +59,16 @@ class Replies:
         self._waiting.clear()
         self._large.clear()
 
-    def send(self, stream: int, block: bytes, body: bytes) -> None:
-        """A reply: its headers and its body."""
+    def send(self, stream: int, block: bytes, body: bytes, trailers: bytes = b"") -> None:
+        """A reply: its headers, its body, and what comes after it."""
         size = len(body)
-        if size <= SMALL_BYTES and size <= self._window and size <= self._stream_window and not self._waiting:
+        if not size or (size <= SMALL_BYTES and size <= min(self._window, self._stream_window) and not self._waiting):
             self._window -= size
-            self.write(http2.message(stream, block, body))
+            self.write(http2.message(stream, block, body, trailers))
         elif size <= SMALL_BYTES:
-            self._begin(stream, block, body)
+            self._begin(stream, block, body, trailers)
         else:
-            self._large.append((stream, block, body))
+            self._large.append((stream, block, body, trailers))
             self.retire()
         if self._retired:
             self.go_on()
@@ -153,10 +153,10 @@ class Replies:
             self._closes = True  # the proxy closes, having read all
             self._loop.call_later(PATIENCE_S, self._transport.close)
 
-    def _begin(self, stream: int, block: bytes, body: bytes) -> None:
+    def _begin(self, stream: int, block: bytes, body: bytes, trailers: bytes) -> None:
         """Send as much as the proxy takes now, the rest when it takes more."""
         self.write(http2.frame(http2.HEADERS, http2.END_HEADERS, stream, block))
-        self._waiting.append(_Body(stream, body, self._stream_window))
+        self._waiting.append(_Body(stream, body, trailers, self._stream_window))
         self._pump()
 
     def _pump(self) -> None:
@@ -166,7 +166,10 @@ class Replies:
                 part, body.rest = body.rest[:size], body.rest[size:]
                 self._window -= len(part)
                 body.window -= len(part)
-                self.write(http2.frame(http2.DATA, 0 if body.rest else http2.END_STREAM, body.stream, part))
+                goes_on = body.rest or body.trailers
+                self.write(http2.frame(http2.DATA, 0 if goes_on else http2.END_STREAM, body.stream, part))
+            if body.trailers and not body.rest:
+                self.write(http2.last(body.stream, body.trailers))
         self._waiting = [body for body in self._waiting if body.rest]
         if self._retired:
             self.go_on()

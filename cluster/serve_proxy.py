@@ -36,12 +36,13 @@ WHOLE_S = 20
 STREAMED_BYTES = 4096
 """Body of a request up to which it goes as a stream; what `actors/proxy_streams.py` takes is more."""
 _BESIDE = "-via-ingress-request-router"
-_STREAMS = ".h2 proto h2"
 _SMALL = (
     "METH_POST { path_beg /predict/ /v2/models/ } { req.hdr(content-length) -m found } "
     f"{{ req.hdr_val(content-length) le {STREAMED_BYTES} }}"
 )
+_INFER = "{ path /inference.GRPCInferenceService/ModelInfer } !{ req.hdr(grpc-encoding) -m found }"
 _SERVER = r"^ +server (\S+) (\S+)(.*)$"
+_CHECKS = r"^ +(?:option (?:httpchk|tcp-check)|http-check|tcp-check|default-server)\b.*\n"
 
 
 class _Change(NamedTuple):
@@ -115,35 +116,35 @@ def by_sockets(text: str, folder: str) -> str:
 
 
 def with_streams(text: str) -> str:
-    """The configuration, small requests to predict as streams of HTTP/2 to replicas that take them.
+    """The configuration, small requests to predict and gRPC's as streams of HTTP/2 to replicas that take them.
 
-    They have a backend of their own, with the same servers, whose health is that of the first. It has the name of the
-    second backend that Serve itself makes for some applications: so Serve counts its requests among those under way.
+    They have backends of their own, with the same servers, whose health is that of the first. These have the name of
+    the second backend that Serve itself makes for some applications: so Serve counts their requests among those under
+    way. Replicas are known by HTTP's servers, whose sockets are named by HTTP's port; Serve calls gRPC's alike.
     """
-    streamed = []
+    sockets = re.findall(r"^ +server (\S+) unix@(\S+)[.]sock ", text, flags=re.MULTILINE)
+    streams = {name: f"unix@{path}.h2 proto h2" for name, path in sockets if _answers(f"{path}.h2")}
+    rules = {}
 
-    def beside(found: re.Match[str]) -> str:
-        servers = re.sub(_SERVER, partial(_streaming, found[1]), found[0], flags=re.MULTILINE)
-        if _STREAMS not in servers:
-            return found[0]
-        streamed.append(found[1])
-        servers = re.sub(r"^    (?:option httpchk|http-check|default-server) .*\n", "", servers, flags=re.MULTILINE)
-        return f"{found[0]}{servers.replace(found[1], found[1] + _BESIDE, 1)}"
+    def streaming(backend: str, server: re.Match[str]) -> str:
+        name, place, rest = server.groups()
+        place = streams.get(name, place + " proto h2" * (" proto h2" in rest))
+        return f"    server {name} {place} track {backend}/{name}{' backup' * (' backup' in rest)}"
+
+    def beside(backend: re.Match[str]) -> str:
+        text, name = backend[0], backend[1]
+        if not streams.keys() & {server[1] for server in re.finditer(_SERVER, text, flags=re.MULTILINE)}:
+            return text
+        rules[name] = _INFER if " proto h2" in text else _SMALL
+        lines = re.sub(_CHECKS, "", text.replace(name, name + _BESIDE, 1), flags=re.MULTILINE)
+        return text + re.sub(_SERVER, partial(streaming, name), lines, flags=re.MULTILINE)
 
     text = re.sub(r"^backend (\S+)\n(?:[ \t]+.*\n|\n)*", beside, text, flags=re.MULTILINE)
-    for name in streamed:
-        use = f"    use_backend {name}{{}} if is_{name}"
-        text = text.replace(f"{use.format('')}\n", f"{use.format(_BESIDE)} {_SMALL}\n{use.format('')}\n", 1)
+    for name, rule in rules.items():
+        for known, condition in ((f"use_backend {name} if is_{name}", f"is_{name} "), (f"default_backend {name}", "")):
+            mine = f"    use_backend {name}{_BESIDE} if {condition}{rule}\n"
+            text = text.replace(f"    {known}\n", f"{mine}    {known}\n", 1)
     return text
-
-
-def _streaming(backend: str, server: re.Match[str]) -> str:
-    """A server's line in the backend beside."""
-    name, place, backup = server[1], server[2], " backup" if " backup" in server[3] else ""
-    path = place.removeprefix("unix@").removesuffix(".sock")
-    if path != place and _answers(f"{path}.h2"):
-        place = f"unix@{path}{_STREAMS}"
-    return f"    server {name} {place} track {backend}/{name}{backup}"
 
 
 def _answers(path: str) -> bool:

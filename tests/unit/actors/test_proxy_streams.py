@@ -103,8 +103,8 @@ class Client:
                 sent = sent.replace(http2.frame(kind, 0, 0, payload), b"")
         events = self.h2.receive_data(sent) if sent else []
         for event in events:
-            if isinstance(event, h2.events.ResponseReceived):
-                self.heads[event.stream_id] = dict(event.headers)
+            if isinstance(event, (h2.events.ResponseReceived, h2.events.TrailersReceived)):
+                self.heads.setdefault(event.stream_id, {}).update(event.headers)
             elif isinstance(event, h2.events.DataReceived):
                 self.bodies[event.stream_id] = self.bodies.get(event.stream_id, b"") + event.data
                 if self.takes:
