@@ -88,6 +88,8 @@ class Fast:
         self.accounts: Accounts | None = None
         self.reason = ""
         """Why the fast lane is not used; empty: it is."""
+        self.streams_reason = ""
+        """Why the proxy's requests are not taken as streams; empty: they are."""
         self.requests = 0
         self.arguments: dict[str, Any] | None = None
         """What uvicorn makes a connection's protocol with; None before the first."""

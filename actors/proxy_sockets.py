@@ -67,7 +67,7 @@ class ProxySockets:
         self._listen(socket.socket(fileno=os.dup(descriptor)), descriptor, requests)
         if folder := self._environment.get(SOCKETS_VARIABLE):
             Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._fast.reason:
+            if not (self._fast.reason or self._fast.streams_reason):
                 streams = self._bound(Path(folder, f"{address}_{port}.h2"))
                 self._listen(streams, descriptor, lambda: Streams(self._fast, arguments))
             # The last: the proxy looks for it, and where it is, for the other.

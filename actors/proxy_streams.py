@@ -315,14 +315,16 @@ class Streams(asyncio.Protocol):
         self._count(asked, reply.status)
 
     def _respond(self, stream: int, reply: Reply, request_id: str) -> None:
-        block = b"%b%b%b" % (
+        more = b""
+        if reply.headers:
+            fields = [http2.field(k.encode("latin-1"), v.encode("latin-1")) for k, v in reply.headers.items()]
+            more = b"".join(fields)
+        block = b"%b%b%b%b" % (
             self._beginning(reply.status, reply.content_type),
             http2.field(b"content-length", b"%d" % len(reply.body)),
+            more,
             http2.field(b"x-request-id", request_id.encode("latin-1")),
         )
-        if reply.headers:
-            more = [http2.field(k.encode("latin-1"), v.encode("latin-1")) for k, v in reply.headers.items()]
-            block += b"".join(more)
         self._replies.send(stream, block, reply.body)
 
     def _beginning(self, status: int, content_type: str) -> bytes:

@@ -1,7 +1,8 @@
 """The start-up test of the fast lane: the same bytes down both lanes must come back as the same bytes.
 
 It runs in memory beside the replica, with a small model of its own and its own folder, through the uvicorn, httptools
-and middleware that are installed; what differs is told, and the fast lane stays shut.
+and middleware that are installed; what differs is told, and the fast lane stays shut. The same requests as streams
+must get the same replies; else no streams are taken.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 import pyarrow as pa
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from raymill.actors import wire
+from raymill.actors import http2, wire
 from raymill.actors.fastlane import Fast
+from raymill.actors.proxy_streams import Streams
 from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, to_user_config
 
 ANSWER_WITHIN_S = 5.0
@@ -61,8 +63,15 @@ class Wire(asyncio.Transport):
         return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
 
 
-async def difference(make: Callable[[Path], Any]) -> str:
-    """What the lanes answer differently; empty: nothing.
+class Differences(NamedTuple):
+    """What is answered differently than uvicorn and the application answer; empty: nothing."""
+
+    lane: str
+    streams: str
+
+
+async def differences(make: Callable[[Path], Any]) -> Differences:
+    """Ask all ways.
 
     Args:
         make: a replica for a folder, whose models are those of `stand_ins`.
@@ -78,34 +87,95 @@ async def difference(make: Callable[[Path], Any]) -> str:
             await loop.run_in_executor(None, replica.stop)
 
 
-async def _compare(replica: Any, sent: Mapping[str, bytes]) -> str:
+async def _compare(replica: Any, sent: Mapping[str, bytes]) -> Differences:
     app = as_serve_does(replica.__serve_build_asgi_app__())
     fast = Fast(replica, refusal=replica.door.refusal)
+    streams = ""
     for what, data in sent.items():
         taken = fast.requests
         quick, plain = await converse(fast.protocol, app, data), await converse(HttpToolsProtocol, app, data)
         if fast.reason:
-            return fast.reason
+            return Differences(fast.reason, fast.reason)
         if fast.requests == taken:
-            return f"{what}: the fast lane did not take it"
+            return Differences(f"{what}: the fast lane did not take it", "there is no fast lane")
         if masked(quick) != masked(plain):
-            return f"{what}: {bytes(quick[:400])!r} is not {bytes(plain[:400])!r}"
-    return ""
+            return Differences(f"{what}: {_begins(quick)} is not {_begins(plain)}", "there is no fast lane")
+        if not streams and _is_one(data):
+            try:
+                streamed = await _as_stream(fast, app, data)
+            except Exception as err:  # noqa: BLE001 - whatever breaks in what is installed
+                streamed = f"{type(err).__name__}: {err}".encode()
+            if masked(streamed) != masked(plain):
+                streams = f"{what}: {_begins(streamed)} is not {_begins(plain)}"
+    return Differences("", streams)
 
 
 async def converse(protocol: Callable[..., Any], app: Any, data: bytes) -> bytes:
     """Send bytes down a connection whose last request says `Connection: close`; what comes back until it closes."""
-    config = Config(lambda: app, factory=True, lifespan="off", log_config=None, log_level=None, access_log=False)
-    config.load()
-    connection = protocol(config=config, server_state=ServerState(), app_state={})
-    transport = Wire()
+    connection, transport = protocol(**_arguments(app)), Wire()
     connection.connection_made(transport)
     connection.data_received(data)
-    end = asyncio.get_running_loop().time() + ANSWER_WITHIN_S
-    while not transport.closed and asyncio.get_running_loop().time() < end:
-        await asyncio.sleep(0.0005)
+    await _until(lambda: transport.closed)
     connection.connection_lost(None)
     return bytes(transport.sent) if transport.closed else b"no answer"
+
+
+async def _as_stream(fast: Fast, app: Any, data: bytes) -> bytes:
+    """The reply that HTTP/1.1 would have, to the request as a stream."""
+    connection, transport = Streams(fast, _arguments(app)), Wire()
+    connection.connection_made(transport)
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    method, path, _ = first.split(b" ")
+    pairs = [line.partition(b": ") for line in lines]
+    fields = {name.lower(): text for name, _, text in pairs} | {b":method": method, b":path": path}
+    fields[b":authority"] = fields.pop(b"host")
+    del fields[b"connection"]
+    block = b"".join([http2.field(*one) for one in sorted(fields.items())])  # with those that begin with a colon first
+    connection.data_received(http2.PREFACE + http2.settings() + http2.message(1, block, body))
+    await _until(lambda: bool(_as_http1(bytes(transport.sent))))
+    connection.connection_lost(None)
+    return _as_http1(bytes(transport.sent)) or b"no answer"
+
+
+def _as_http1(frames: bytes) -> bytes:
+    """The one reply among frames; empty: it is not whole."""
+    found: dict[int, bytes] = {}
+    at = ended = 0
+    while at < len(frames):
+        upper, lower, kind, flags, stream = http2.FRAME_HEAD.unpack_from(frames, at)
+        begin = at + http2.FRAME_HEAD.size
+        at = begin + (upper << 8 | lower)
+        if stream:
+            found[kind] = found.get(kind, b"") + frames[begin:at]
+            ended |= flags & http2.END_STREAM
+    if not ended:
+        return b""
+    (_, status), *fields = http2.read_block(found[http2.HEADERS], 1 << 14)
+    lines = [b"%b: %b\r\n" % one for one in [*fields, (b"connection", b"close")]]
+    return b"".join([STATUS_LINE[int(status)], *lines, b"\r\n", found.get(http2.DATA, b"")])
+
+
+def _arguments(app: Any) -> dict[str, Any]:
+    """With which uvicorn makes a connection's protocol."""
+    config = Config(lambda: app, factory=True, lifespan="off", log_config=None, log_level=None, access_log=False)
+    config.load()
+    return {"config": config, "server_state": ServerState(), "app_state": {}}
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    end = asyncio.get_running_loop().time() + ANSWER_WITHIN_S
+    while not is_so() and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0.0005)
+
+
+def _is_one(data: bytes) -> bool:
+    """Whether it is a single request."""
+    return data.count(b" HTTP/1.1\r\n") == 1
+
+
+def _begins(reply: bytes) -> str:
+    return repr(reply[:400])
 
 
 def masked(reply: bytes) -> bytes:

@@ -261,10 +261,11 @@ class ServingReplica:
         """Put the fast lane into the server that Serve is about to start, if it answers as this application does."""
         if not self.fast.reason:
             try:
-                found = await selftest.difference(partial(ServingReplica, **selftest.stand_ins()))
+                found = await selftest.differences(partial(ServingReplica, **selftest.stand_ins()))
             except Exception as err:  # noqa: BLE001 - whatever breaks in uvicorn's or Serve's insides
-                found = f"{type(err).__name__}: {err}"
-            self.fast.reason = found and f"its self-test failed: {found}"
+                found = selftest.Differences(f"{type(err).__name__}: {err}", "there is no fast lane")
+            self.fast.reason = found.lane and f"its self-test failed: {found.lane}"
+            self.fast.streams_reason = found.streams and f"their self-test failed: {found.streams}"
         gc.collect()
         gc.freeze()  # what is here stays: no later collection goes through it, which would hold requests up
         gc.set_threshold(GC_THRESHOLD, 10, 100)
@@ -272,6 +273,8 @@ class ServingReplica:
         if self.fast.reason:
             _log.warning("the fast lane is shut, Serve's own answers: %s", self.fast.reason)
         else:
+            if self.fast.streams_reason:
+                _log.warning("the proxy sends no streams: %s", self.fast.streams_reason)
             uvicorn.config.HTTP_PROTOCOLS["auto"] = self.fast.protocol  # type: ignore[assignment]
 
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
@@ -408,6 +411,7 @@ class ServingReplica:
             "models": models,
             "failures": self.models.failures,
             "fast_lane": {"open": not self.fast.reason, "reason": self.fast.reason, "requests": self.fast.requests},
+            "streams": {"open": not self.fast.streams_reason, "reason": self.fast.streams_reason},
             "log": {
                 "waiting_rows": self._log.waiting_rows,
                 "shipped_rows": self._log.shipped_rows,

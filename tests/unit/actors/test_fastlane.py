@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import fastlane, http_head, proxy_sockets, selftest
+from raymill.actors import fastlane, http_head, proxy_sockets, selftest, stream_replies
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
@@ -94,7 +94,8 @@ def on_loop(test):
 
 def test_self_test_finds_no_difference():
     async def test():
-        assert await selftest.difference(lambda home: ServingReplica(home, **selftest.stand_ins())) == ""
+        found = await selftest.differences(lambda home: ServingReplica(home, **selftest.stand_ins()))
+        assert found == selftest.Differences("", "")
 
     on_loop(test)
 
@@ -109,10 +110,26 @@ def test_self_test_tells_what_differs():
             return b" " * (self.calls % 2)
 
     async def test():
-        found = await selftest.difference(lambda home: Broken(home, **selftest.stand_ins()))
-        assert found.startswith("rows: ") and "is not" in found
+        found = await selftest.differences(lambda home: Broken(home, **selftest.stand_ins()))
+        assert found.lane.startswith("rows: ") and "is not" in found.lane and found.streams
 
     on_loop(test)
+
+
+def test_self_test_tells_of_streams_alone_where_those_differ(monkeypatch):
+    send = stream_replies.Replies.send
+
+    async def found():
+        return await selftest.differences(lambda home: ServingReplica(home, **selftest.stand_ins()))
+
+    for broken, told in (
+        (lambda self, stream, block, body, trailers=b"": send(self, stream, block, body + b" ", trailers), "is not"),
+        (lambda self, *_: None, "no answer"),
+    ):
+        monkeypatch.setattr(stream_replies.Replies, "send", broken)
+        monkeypatch.setattr(selftest, "ANSWER_WITHIN_S", 0.2)
+        lane, streams = asyncio.run(found())
+        assert lane == "" and streams.startswith("rows: ") and told in streams
 
 
 def test_replies_leave_in_the_order_of_the_requests():
