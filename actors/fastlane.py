@@ -88,8 +88,8 @@ class Fast:
         self.accounts: Accounts | None = None
         self.reason = ""
         """Why the fast lane is not used; empty: it is."""
-        self.streams_reason = ""
-        """Why the proxy's requests are not taken as streams; empty: they are."""
+        self.as_streams: Callable[[Mapping[str, Any]], asyncio.Protocol] | None = None
+        """Makes what a connection becomes that the proxy begins as HTTP/2, of `arguments`; None: none may."""
         self.requests = 0
         self.arguments: dict[str, Any] | None = None
         """What uvicorn makes a connection's protocol with; None before the first."""
@@ -293,7 +293,8 @@ class FastLane(HttpToolsProtocol):
             begin = at + len(http_head.END)
             head = self._fast.head(data[:begin])
             if head is None or self._uvicorn_answers():
-                self._turn(data)
+                if not self._becomes_streams(data):
+                    self._turn(data)
                 return
             end = begin + head.length
             if len(data) < end and self._fast.refusal(head.headers, Right.PREDICT, self._is_local) is not None:
@@ -321,6 +322,22 @@ class FastLane(HttpToolsProtocol):
             self._hold(data)
         else:
             self._feed(data)
+
+    def _becomes_streams(self, data: bytes) -> bool:
+        """Whether the proxy begins HTTP/2 here, which another protocol goes on with."""
+        fast = self._fast
+        is_new = self._is_local and not self._due and self.cycle is None
+        if fast.as_streams is None or fast.arguments is None or not is_new or not data.startswith(http2.PREFACE):
+            return False
+        streams = fast.as_streams(fast.arguments)
+        self.connections.discard(self)
+        if self._clock is not None:
+            self._clock.cancel()
+        self._socket = -1
+        self.transport.set_protocol(streams)
+        streams.connection_made(self.transport)
+        streams.data_received(data)
+        return True
 
     def _uvicorn_answers(self) -> bool:
         return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)

@@ -14,11 +14,11 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from raymill.actors.fastlane import Fast, FastLane
-from raymill.actors.proxy_streams import Streams
+from raymill.actors.fastlane import Fast
 from raymill.runtime.home import SOCKETS_VARIABLE
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class ProxySockets:
     def __init__(self, fast: Fast, environment: Mapping[str, str]) -> None:
         self._fast, self._environment = fast, environment
         self._listeners: list[_Listener] = []
-        self._paths: list[Path] = []
+        self._path: Path | None = None
 
     async def open(self, address: str) -> None:
         """Take connections as soon as uvicorn listens; the TCP port's connections alone, where no folder is named.
@@ -60,40 +60,31 @@ class ProxySockets:
         while self._fast.arguments is None:
             await asyncio.sleep(_LOOK_S)
         arguments = self._fast.arguments
-
-        def requests() -> FastLane:
-            return self._fast.protocol(**arguments)
-
-        self._listen(socket.socket(fileno=os.dup(descriptor)), descriptor, requests)
+        self._listen(socket.socket(fileno=os.dup(descriptor)), descriptor, arguments)
         if folder := self._environment.get(SOCKETS_VARIABLE):
-            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not (self._fast.reason or self._fast.streams_reason):
-                streams = self._bound(Path(folder, f"{address}_{port}.h2"))
-                self._listen(streams, descriptor, lambda: Streams(self._fast, arguments))
-            # The last: the proxy looks for it, and where it is, for the other.
-            self._listen(self._bound(Path(folder, f"{address}_{port}.sock")), descriptor, requests)
+            path = Path(folder, f"{address}_{port}.sock")
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a replica that was killed
+            listening = socket.socket(socket.AF_UNIX)
+            listening.bind(str(path))
+            self._path = path
+            path.chmod(0o600)
+            listening.listen(2048)
+            self._listen(listening, descriptor, arguments)
 
     def close(self) -> None:
         """Take no further connections; those that are open are uvicorn's to end."""
         for listener in self._listeners:
             listener.close()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
-    def _bound(self, path: Path) -> socket.socket:
-        """A socket that listens there."""
-        path.unlink(missing_ok=True)  # of a replica that was killed
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(path))
-        self._paths.append(path)
-        path.chmod(0o600)
-        listening.listen(2048)
-        return listening
-
-    def _listen(self, listening: socket.socket, descriptor: int, protocol: Callable[[], asyncio.Protocol]) -> None:
+    def _listen(self, listening: socket.socket, descriptor: int, arguments: Mapping[str, Any]) -> None:
         """Take connections there, as long as the descriptor is that of Serve's socket."""
         its = _inode(descriptor)
-        self._listeners.append(_Listener(listening, protocol, lambda: _inode(descriptor) == its))
+        self._listeners.append(
+            _Listener(listening, lambda: self._fast.protocol(**arguments), lambda: _inode(descriptor) == its)
+        )
 
     def _listening(self) -> tuple[str, int, int] | None:
         """Address, port and descriptor of Serve's socket."""

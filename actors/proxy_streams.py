@@ -1,4 +1,4 @@
-"""The fast lane for the proxy of the same host: small requests to predict, and gRPC's, as streams of HTTP/2.
+"""The fast lane for the proxy: small requests to predict, and gRPC's, as streams of a few HTTP/2 connections.
 
 Over HTTP/1.1 each request under way has a connection of its own, so proxy and replica read, write and wake each other
 once a request. Here whatever comes together is read at once, and the replies to a batch are written together. The
@@ -9,8 +9,8 @@ Invariants
 - A stream is answered as the same request is over HTTP/1.1, or the same call by the gRPC server; what is odd goes to
   the ASGI application, as over HTTP/1.1.
 - What a stream holds is bounded: bytes of a head, of a body, streams under way.
-- The socket is the proxy's alone, so who breaks the protocol is our mistake or HAProxy's: it is logged, and the
-  connection ends. The proxy sends again what was under way.
+- Whoever comes this way is of this host, or the proxy (`FastLane` sees to it); who breaks the protocol is logged, and
+  the connection ends. The proxy sends again what was under way.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ class Streams(asyncio.Protocol):
         """`arguments` are those with which uvicorn makes a connection's protocol."""
         self._fast, self._app = fast, arguments["config"].loaded_app
         self._server, self._state = arguments["server_state"], arguments["app_state"]
-        self._is_local = asgi.is_local("")
         self._held = b""
         self._greeted = False
         self._last = 0
@@ -131,7 +130,7 @@ class Streams(asyncio.Protocol):
         try:
             self._held = data[self._read(data) :]
         except Malformed as err:
-            _log.error("a connection of the proxy's is closed: %s", err)
+            _log.error("a connection of HTTP/2 is closed: %s", err)
             self._replies.write(http2.goaway(self._last, err.code, str(err)))
             self._replies.flush()
             self._transport.close()
@@ -196,7 +195,7 @@ class Streams(asyncio.Protocol):
         self._streams[stream] = asked = _Asked(self, stream, payload, head)
         refusal = None
         if isinstance(head, GrpcHead):  # its message may be large, and whose is refused is not kept
-            refusal = self._fast.refusal(head.headers, Right.PREDICT, self._is_local)
+            refusal = self._fast.refusal(head.headers, Right.PREDICT, True)
         if refusal is not None:
             self.reply(asked, refusal)
         elif flags & http2.END_STREAM:
@@ -285,7 +284,7 @@ class Streams(asyncio.Protocol):
         else:
             asked.request_id = head.request_id or fast.new_request_id()
             asked.accounts = fast.accounts
-            ticket = fast.call(head, body, self._is_local, asked.answered)
+            ticket = fast.call(head, body, True, asked.answered)
             if asked.stream in self._streams:
                 asked.ticket = ticket
 

@@ -46,6 +46,7 @@ from raymill.actors.model_set import ModelSet
 from raymill.actors.models import Answer, LoadedModel, Prepared, Question
 from raymill.actors.predictions import PredictionLog, Sink
 from raymill.actors.proxy_sockets import ProxySockets
+from raymill.actors.proxy_streams import Streams
 from raymill.actors.readings import Readings
 from raymill.actors.replica_metrics import ReplicaMetrics
 from raymill.actors.rollout import ModelSpec, from_user_config, generation
@@ -132,6 +133,8 @@ class ServingReplica:
         self.door = Door(KeyPolicy(keys), self._records)
         self.fast = Fast(self, serve_accounts.accounts_of, self.door.refusal)
         self.fast.reason = "" if fast_lane else "it was not asked for"
+        self._streams_reason = ""
+        """Why the proxy may send no streams."""
         self._sockets = ProxySockets(self.fast, os.environ)
         self._opens: asyncio.Task[None] | None = None
 
@@ -265,7 +268,7 @@ class ServingReplica:
             except Exception as err:  # noqa: BLE001 - whatever breaks in uvicorn's or Serve's insides
                 found = selftest.Differences(f"{type(err).__name__}: {err}", "there is no fast lane")
             self.fast.reason = found.lane and f"its self-test failed: {found.lane}"
-            self.fast.streams_reason = found.streams and f"their self-test failed: {found.streams}"
+            self._streams_reason = found.streams and f"their self-test failed: {found.streams}"
         gc.collect()
         gc.freeze()  # what is here stays: no later collection goes through it, which would hold requests up
         gc.set_threshold(GC_THRESHOLD, 10, 100)
@@ -273,8 +276,10 @@ class ServingReplica:
         if self.fast.reason:
             _log.warning("the fast lane is shut, Serve's own answers: %s", self.fast.reason)
         else:
-            if self.fast.streams_reason:
-                _log.warning("the proxy sends no streams: %s", self.fast.streams_reason)
+            if self._streams_reason:
+                _log.warning("the proxy may send no streams: %s", self._streams_reason)
+            else:
+                self.fast.as_streams = partial(Streams, self.fast)
             uvicorn.config.HTTP_PROTOCOLS["auto"] = self.fast.protocol  # type: ignore[assignment]
 
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
@@ -411,7 +416,7 @@ class ServingReplica:
             "models": models,
             "failures": self.models.failures,
             "fast_lane": {"open": not self.fast.reason, "reason": self.fast.reason, "requests": self.fast.requests},
-            "streams": {"open": not self.fast.streams_reason, "reason": self.fast.streams_reason},
+            "streams": {"open": self.fast.as_streams is not None, "reason": self._streams_reason},
             "log": {
                 "waiting_rows": self._log.waiting_rows,
                 "shipped_rows": self._log.shipped_rows,

@@ -42,6 +42,9 @@ _SMALL = (
 )
 _INFER = "{ path /inference.GRPCInferenceService/ModelInfer } !{ req.hdr(grpc-encoding) -m found }"
 _SERVER = r"^ +server (\S+) (\S+)(.*)$"
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4" + bytes(5)
+"""The beginning of a connection, with settings that say nothing."""
+_SETTINGS_KIND = b"\4"
 _CHECKS = r"^ +(?:option (?:httpchk|tcp-check)|http-check|tcp-check|default-server)\b.*\n"
 
 
@@ -120,10 +123,12 @@ def with_streams(text: str) -> str:
 
     They have backends of their own, with the same servers, whose health is that of the first. These have the name of
     the second backend that Serve itself makes for some applications: so Serve counts their requests among those under
-    way. Replicas are known by HTTP's servers, whose sockets are named by HTTP's port; Serve calls gRPC's alike.
+    way. Replicas take them where they take HTTP/1.1; Serve calls gRPC's servers as it calls HTTP's.
     """
-    sockets = re.findall(r"^ +server (\S+) unix@(\S+)[.]sock ", text, flags=re.MULTILINE)
-    streams = {name: f"unix@{path}.h2 proto h2" for name, path in sockets if _answers(f"{path}.h2")}
+    servers = [found.groups() for found in re.finditer(_SERVER, text, flags=re.MULTILINE)]
+    streams = {
+        name: f"{place} proto h2" for name, place, rest in servers if " proto h2" not in rest and takes_streams(place)
+    }
     rules = {}
 
     def streaming(backend: str, server: re.Match[str]) -> str:
@@ -145,6 +150,21 @@ def with_streams(text: str) -> str:
             mine = f"    use_backend {name}{_BESIDE} if {condition}{rule}\n"
             text = text.replace(f"    {known}\n", f"{mine}    {known}\n", 1)
     return text
+
+
+def takes_streams(place: str) -> bool:
+    """Whether a server there (`unix@…`, or `host:port`) answers HTTP/2 with its settings."""
+    path = place.removeprefix("unix@")
+    host, _, port = place.rpartition(":")
+    try:
+        with socket.socket(socket.AF_UNIX) if path != place else socket.create_connection((host, port), 1.0) as tried:
+            tried.settimeout(1.0)
+            if path != place:
+                tried.connect(path)
+            tried.sendall(_HTTP2)
+            return tried.recv(9)[3:4] == _SETTINGS_KIND
+    except (OSError, ValueError):
+        return False
 
 
 def _answers(path: str) -> bool:
@@ -188,7 +208,8 @@ def prepare(haproxy: str, arguments: list[str]) -> str:
     text, left_out = changed(path.read_text())
     said = "".join(f"raymill: no place in Serve's configuration, left out: {why}\n" for why in left_out)
     if folder := os.environ.get(SOCKETS_VARIABLE):
-        text = with_streams(by_sockets(text, folder))
+        text = by_sockets(text, folder)
+    text = with_streams(text)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(text)
     try:

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
 import uvicorn
 
 from raymill.actors import proxy_sockets
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast, NoAccounts
+from raymill.actors.proxy_streams import Streams
 from raymill.runtime.home import SOCKETS_VARIABLE
 
 
@@ -40,6 +42,7 @@ async def main(folder):
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
     port = listening.getsockname()[1]
     fast = Fast(Told(), lambda app: NoAccounts())
+    fast.as_streams = partial(Streams, fast)
     config = uvicorn.Config(lambda: app, factory=True, lifespan="off", log_level="warning", http=fast.protocol)
     sockets = proxy_sockets.ProxySockets(
         fast, {SOCKETS_VARIABLE: folder, **dict.fromkeys(proxy_sockets._RANGE, str(port))}

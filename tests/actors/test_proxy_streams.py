@@ -33,19 +33,19 @@ def proxied(tmp_path):
     started = []
     folder = Path(tempfile.mkdtemp(prefix="rms"))  # a socket's path is short
 
-    def start(count):
+    def start(count, by_sockets=True):
         command = [sys.executable, streaming_replica.__file__, str(folder)]
         replicas = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
         started.extend(replicas)
         ports = choose("auto")
         path = configuration(tmp_path, ports, [int(p.stdout.readline()) for p in replicas])
         binary = serve_proxy.lay_launcher(tmp_path / "ha")["RAY_SERVE_HAPROXY_BINARY_PATH"]
-        environment = {**os.environ, SOCKETS_VARIABLE: str(folder)}
+        environment = {**os.environ, SOCKETS_VARIABLE: str(folder) if by_sockets else ""}
         started.append(subprocess.Popen([binary, "-db", "-f", str(path), "-dR"], env=environment))
         end = time.monotonic() + 20
         while time.monotonic() < end and not connects("127.0.0.1", ports.serve):
             time.sleep(0.02)
-        return SimpleNamespace(ports=ports, replicas=replicas, port=ports.serve)
+        return SimpleNamespace(ports=ports, replicas=replicas, port=ports.serve, text=path.read_text())
 
     yield start
     for process in started:
@@ -70,8 +70,10 @@ def counts(proxy):
     return {row["pxname"]: int(row["stot"]) for row in rows if row["svname"] == "BACKEND"}
 
 
-def test_small_requests_to_predict_come_as_streams_and_all_others_do_not(proxied):
-    proxy = proxied(1)
+@pytest.mark.parametrize("by_sockets", [True, False])
+def test_small_requests_to_predict_come_as_streams_and_all_others_do_not(proxied, by_sockets):
+    proxy = proxied(1, by_sockets)
+    assert proxy.text.count("unix@") == by_sockets * 4  # by HTTP and gRPC, each way
     small = b"s" * serve_proxy.STREAMED_BYTES
     for path in ("/predict/a", "/v2/models/a/infer", "/v2/models/a/versions/1/infer"):
         assert ask(proxy.port, small, path) == (200, small)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from contextlib import asynccontextmanager
+from functools import partial
 
 import orjson
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import fastlane, http_head, proxy_sockets, selftest, stream_replies
+from raymill.actors import fastlane, http2, http_head, proxy_sockets, selftest, stream_replies
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
 from raymill.actors.fastlane import Fast
 from raymill.actors.lane import Ticket
 from raymill.actors.proxy_sockets import ProxySockets
+from raymill.actors.proxy_streams import Streams
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import converse, masked, post
 from raymill.actors.serving import ServingReplica
@@ -130,6 +132,44 @@ def test_self_test_tells_of_streams_alone_where_those_differ(monkeypatch):
         monkeypatch.setattr(selftest, "ANSWER_WITHIN_S", 0.2)
         lane, streams = asyncio.run(found())
         assert lane == "" and streams.startswith("rows: ") and told in streams
+
+
+def test_http2_is_for_the_proxy_and_where_streams_are_taken():
+    class Told(selftest.Wire):
+        def __init__(self, peer="127.0.0.1"):
+            super().__init__()
+            self.peer, self.protocol = peer, None
+
+        def get_extra_info(self, name, default=None):
+            return (self.peer, 1) if name == "peername" else super().get_extra_info(name, default)
+
+        def set_protocol(self, protocol):
+            self.protocol = protocol
+
+    async def test():
+        _, _, fast = connection(Slow())
+        begins = http2.PREFACE + http2.settings()
+
+        def begun(wire, before=b""):
+            made = fast.protocol(**fast.arguments)
+            made.connection_made(wire)
+            for data in (before, begins):
+                made.data_received(data)
+            return bytes(wire.sent)
+
+        assert begun(Told()).startswith(b"HTTP/1.1 400 ")
+        fast.as_streams = partial(Streams, fast)
+        assert begun(Told("192.0.2.9")).startswith(b"HTTP/1.1 400 ")
+        after = Told()
+        begun(after, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert after.protocol is None
+        wire = Told()
+        assert begun(wire)[3] == http2.SETTINGS and type(wire.protocol) is Streams
+        assert wire.protocol in fast.arguments["server_state"].connections
+        wire.protocol.connection_lost(None)
+        assert wire.protocol not in fast.arguments["server_state"].connections
+
+    on_loop(test)
 
 
 def test_replies_leave_in_the_order_of_the_requests():

@@ -25,7 +25,6 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
 
         class Served:
             arguments: ClassVar = {}
-            reason = streams_reason = ""
 
             def protocol(self):
                 return Counted()

@@ -415,7 +415,7 @@ def test_it_does_not_matter_in_which_pieces_the_bytes_come(sizes, continued):
         max_size=12,
     )
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_whatever_comes_is_answered_or_ends_the_connection(frames):
     async def test():
         client = Client(Slow())
