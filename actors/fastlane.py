@@ -13,19 +13,15 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import asgi, grpc_heads, http2, http_head
-from raymill.actors.answering import Call, HttpCall
+from raymill.actors import asgi, http2, http_head
 from raymill.actors.asgi import Reply
-from raymill.actors.grpc_heads import GrpcHead
+from raymill.actors.fast_server import MAX_BLOCK_BYTES, Fast, socket_of, write_now
 from raymill.actors.http_head import Head
 from raymill.actors.lane import Ticket
 from raymill.runtime.api_keys import Right
@@ -37,129 +33,6 @@ PATIENCE_S = 20.0
 """For how long a request that is not whole may bring nothing worth mentioning."""
 PROGRESS_BYTES = 64 << 10
 """What is worth mentioning."""
-MAX_BLOCK_BYTES = 4 * http_head.MAX_HEAD_BYTES
-"""Of the headers of a stream, as of a head that is left to uvicorn."""
-_KNOWN_HEADS = 512
-_KNOWN_HEAD_BYTES = 2048
-
-
-Refusal = Callable[[Mapping[str, str], Right, bool], Reply | None]
-"""What `Door.refusal` is: headers, the right that is needed, whether the connection is of this host."""
-
-
-class Service(Protocol):
-    """What answers."""
-
-    def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
-        """Have a call answered; `done` gets the reply on the event loop, perhaps before this returns."""
-
-
-class Accounts(Protocol):
-    """Where requests are counted."""
-
-    def begin(self) -> None:
-        """A request is under way."""
-
-    def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
-        """It was answered so; 499: its caller had gone."""
-
-
-class NoAccounts:
-    """Counts nothing: where no Serve is around."""
-
-    def begin(self) -> None:
-        """Nothing."""
-
-    def end(self, status: int, seconds: float, request_id: str, path: str) -> None:
-        """Nothing."""
-
-
-class Fast:
-    """What the connections of one server share."""
-
-    def __init__(
-        self,
-        service: Service,
-        accounts_of: Callable[[Any], Accounts] | None = None,
-        refusal: Refusal = lambda *_: None,
-    ) -> None:
-        """`accounts_of` finds, from the server's ASGI application, where to count; `refusal` is the door's."""
-        self.service, self.refusal = service, refusal
-        self.accounts: Accounts | None = None
-        self.reason = ""
-        """Why the fast lane is not used; empty: it is."""
-        self.as_streams: Callable[[Mapping[str, Any]], asyncio.Protocol] | None = None
-        """Makes what a connection becomes that the proxy begins as HTTP/2, of `arguments`; None: none may."""
-        self.requests = 0
-        self.arguments: dict[str, Any] | None = None
-        """What uvicorn makes a connection's protocol with; None before the first."""
-        self._accounts_of = accounts_of or (lambda app: NoAccounts())
-        self._heads: dict[bytes, Head] = {}
-        self._blocks: dict[bytes, Head | GrpcHead] = {}
-        self._beginnings: dict[tuple[int, str], bytes] = {}
-        self._default_headers: list[tuple[bytes, bytes]] = []
-        p = os.urandom(10).hex()
-        self._prefix = f"{p[:8]}-{p[8:12]}-{p[12:16]}-{p[16:20]}-"
-        self._numbers = itertools.count(1)
-
-    def protocol(self, **arguments: Any) -> FastLane:
-        """A connection's protocol, as uvicorn asks for one."""
-        self.arguments = arguments
-        if self.accounts is None and not self.reason:
-            try:
-                self.accounts = self._accounts_of(arguments["config"].loaded_app)
-            except Exception as err:  # noqa: BLE001 - Serve's insides: whatever breaks there, the other lane answers
-                self.reason = f"requests could not be counted for Serve: {type(err).__name__}: {err}"
-        return FastLane(self, **arguments)
-
-    def head(self, block: bytes) -> Head | None:
-        """The head of these bytes; None: not for the fast lane."""
-        head = self._heads.get(block)
-        if head is None and http_head.may_begin(block):
-            head = http_head.read_head(block)
-            _remember(self._heads, block, head)
-        return head
-
-    def head_of_stream(self, block: bytes) -> Head | GrpcHead | None:
-        """The same of an HTTP/2 header block, which may be a gRPC call's.
-
-        Raises:
-            http2.Malformed: it is none.
-        """
-        head = self._blocks.get(block)
-        if head is None:
-            fields = http2.read_block(block, MAX_BLOCK_BYTES)
-            head = grpc_heads.read(fields) or http_head.read_head(http2.as_http1(fields))
-            _remember(self._blocks, block, head)
-        return head
-
-    def call(self, head: Head, body: bytes, is_local: bool, done: Callable[[Reply], None]) -> Ticket | None:
-        """Have a request answered; `done` gets the reply on the event loop, perhaps before this returns."""
-        self.requests += 1
-        if self.accounts is not None:
-            self.accounts.begin()
-        refusal = self.refusal(head.headers, Right.PREDICT, is_local)
-        if refusal is not None:
-            done(refusal)
-            return None
-        call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
-        return self.service.submit(call, done)
-
-    def beginning(self, status: int, content_type: str, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-        """A reply up to the length of its body."""
-        if default_headers is not self._default_headers:  # uvicorn makes a new list each second, with the date
-            self._default_headers = default_headers
-            self._beginnings.clear()
-        found = self._beginnings.get((status, content_type))
-        if found is None:
-            lines = [b"%b: %b\r\n" % header for header in default_headers]
-            lines.append(b"content-type: %b\r\ncontent-length: " % content_type.encode("latin-1"))
-            found = self._beginnings[status, content_type] = STATUS_LINE[status] + b"".join(lines)
-        return found
-
-    def new_request_id(self) -> str:
-        """A name for a request, in the form of a UUID."""
-        return f"{self._prefix}{next(self._numbers):012x}"
 
 
 class _Due:
@@ -185,6 +58,7 @@ class FastLane(HttpToolsProtocol):
 
     def __init__(self, fast: Fast, **arguments: Any) -> None:
         super().__init__(**arguments)
+        fast.begin(arguments)
         self._fast = fast
         self._plain = bool(fast.reason) or bool(self.root_path)
         """Whether everything goes to uvicorn."""
@@ -218,7 +92,7 @@ class FastLane(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._is_local = asgi.is_local(self.client[0] if self.client else "")
-        self._socket = _socket_of(transport)
+        self._socket = socket_of(transport)
         self._active = self.loop.time()
         self._clock = self.loop.call_later(PATIENCE_S, self._look)
 
@@ -407,16 +281,7 @@ class FastLane(HttpToolsProtocol):
                 self._resume_soon()
 
     def _send(self, data: bytes) -> None:
-        """Into the socket at once: uvloop's own `write` waits until all that can be read has been."""
-        if self._socket < 0 or self.transport.get_write_buffer_size():
-            self.transport.write(data)
-            return
-        try:
-            sent = os.write(self._socket, data)
-        except OSError:  # full, or broken: the transport finds out
-            sent = 0
-        if sent < len(data):
-            self.transport.write(data[sent:])
+        write_now(self.transport, self._socket, data)
 
     def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> bytes:
         begin = self._fast.beginning(reply.status, reply.content_type, self.server_state.default_headers)
@@ -458,19 +323,3 @@ class FastLane(HttpToolsProtocol):
         if not self._due and not self._uvicorn_answers():
             self.transport.write(self._bytes_of(reply, self._fast.new_request_id(), True))
         self.transport.close()
-
-
-def _remember(known: dict[bytes, Any], block: bytes, head: Head | GrpcHead | None) -> None:
-    """A head that may come again is not read again."""
-    if head is not None and head.is_common and len(block) <= _KNOWN_HEAD_BYTES:
-        if len(known) >= _KNOWN_HEADS:
-            known.clear()
-        known[block] = head
-
-
-def _socket_of(transport: asyncio.Transport) -> int:
-    """The descriptor of a plain connection; negative: of one with TLS, or in memory."""
-    found = transport.get_extra_info("socket")
-    if found is None or transport.get_extra_info("sslcontext") is not None:
-        return -1
-    return int(found.fileno())

@@ -29,7 +29,8 @@ from raymill.actors import asgi, oip_grpc
 from raymill.actors.answering import Call, version_of
 from raymill.actors.asgi import Reply
 from raymill.actors.door import PROXY_ALONE, Door
-from raymill.actors.fastlane import PIPELINED, Accounts, NoAccounts
+from raymill.actors.fast_server import Accounts, NoAccounts
+from raymill.actors.fastlane import PIPELINED
 from raymill.actors.held_calls import HeldCalls
 from raymill.actors.lane import Ticket
 from raymill.actors.model_set import ModelSet

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.runtime.home import SOCKETS_VARIABLE
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class ProxySockets:
         """Take connections there, as long as the descriptor is that of Serve's socket."""
         its = _inode(descriptor)
         self._listeners.append(
-            _Listener(listening, lambda: self._fast.protocol(**arguments), lambda: _inode(descriptor) == its)
+            _Listener(listening, lambda: FastLane(self._fast, **arguments), lambda: _inode(descriptor) == its)
         )
 
     def _listening(self) -> tuple[str, int, int] | None:

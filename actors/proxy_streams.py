@@ -25,7 +25,7 @@ from urllib.parse import unquote
 from raymill.actors import asgi, grpc_heads, grpc_service, http2
 from raymill.actors.answering import failure
 from raymill.actors.asgi import Reply
-from raymill.actors.fastlane import MAX_BLOCK_BYTES, Accounts, Fast
+from raymill.actors.fast_server import MAX_BLOCK_BYTES, Accounts, Fast
 from raymill.actors.grpc_heads import GrpcHead
 from raymill.actors.http2 import Malformed
 from raymill.actors.http_head import Head

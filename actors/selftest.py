@@ -11,6 +11,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from raymill.actors import http2, wire
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.proxy_streams import Streams
 from raymill.actors.rollout import ColumnForm, ModelSpec, Role, Route, to_user_config
 
@@ -93,7 +95,7 @@ async def _compare(replica: Any, sent: Mapping[str, bytes]) -> Differences:
     streams = ""
     for what, data in sent.items():
         taken = fast.requests
-        quick, plain = await converse(fast.protocol, app, data), await converse(HttpToolsProtocol, app, data)
+        quick, plain = await converse(partial(FastLane, fast), app, data), await converse(HttpToolsProtocol, app, data)
         if fast.reason:
             return Differences(fast.reason, fast.reason)
         if fast.requests == taken:

@@ -35,7 +35,8 @@ from raymill.actors.asgi import Reply, Request
 from raymill.actors.batching import Pace
 from raymill.actors.door import Door
 from raymill.actors.endpoint import DEPLOYMENT
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.gathering import KnownTicket, RowTicket, gather
 from raymill.actors.known_bodies import KnownBodies
 from raymill.actors.lakes import Lakes
@@ -280,7 +281,7 @@ class ServingReplica:
                 _log.warning("the proxy may send no streams: %s", self._streams_reason)
             else:
                 self.fast.as_streams = partial(Streams, self.fast)
-            uvicorn.config.HTTP_PROTOCOLS["auto"] = self.fast.protocol  # type: ignore[assignment]
+            uvicorn.config.HTTP_PROTOCOLS["auto"] = partial(FastLane, self.fast)  # type: ignore[assignment]
 
     def submit(self, call: Call, done: Callable[[Reply], None]) -> Ticket | None:
         """Have a call answered: `done` gets the reply on the event loop, perhaps before this returns.

@@ -8,11 +8,11 @@ no further stream on the connection and all others there have their replies.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable
 
 from raymill.actors import http2
+from raymill.actors.fast_server import socket_of, write_now
 from raymill.actors.http2 import Malformed
 
 SMALL_BYTES = 12 << 10
@@ -38,8 +38,7 @@ class Replies:
     def __init__(self, transport: asyncio.Transport, is_asked: Callable[[], bool]) -> None:
         """`is_asked` says whether a stream waits for its reply."""
         self._transport, self._is_asked = transport, is_asked
-        found = transport.get_extra_info("socket")
-        self._socket = -1 if found is None else int(found.fileno())
+        self._socket = socket_of(transport)
         self._loop = asyncio.get_running_loop()
         self._window = self._stream_window = http2.FIRST_WINDOW
         """Bytes that the proxy takes: on this connection, and of a new stream's reply."""
@@ -83,19 +82,11 @@ class Replies:
             self._loop.call_soon(self._flush_soon)
 
     def flush(self) -> None:
-        """Into the socket at once, as `FastLane` does."""
-        if not self._out or self._transport.is_closing():
-            return
-        data = b"".join(self._out)
-        self._out.clear()
-        sent = 0
-        if self._socket >= 0 and not self._transport.get_write_buffer_size():
-            try:
-                sent = os.write(self._socket, data)
-            except OSError:  # full, or broken: the transport finds out
-                sent = 0
-        if sent < len(data):
-            self._transport.write(data[sent:])
+        """Write what has gathered."""
+        if self._out and not self._transport.is_closing():
+            data = b"".join(self._out)
+            self._out.clear()
+            write_now(self._transport, self._socket, data)
 
     def forget(self, stream: int) -> None:
         """Nobody wants its reply any more."""

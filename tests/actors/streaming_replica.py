@@ -14,7 +14,8 @@ import uvicorn
 
 from raymill.actors import proxy_sockets
 from raymill.actors.asgi import Reply
-from raymill.actors.fastlane import Fast, NoAccounts
+from raymill.actors.fast_server import Fast, NoAccounts
+from raymill.actors.fastlane import FastLane
 from raymill.actors.proxy_streams import Streams
 from raymill.runtime.home import SOCKETS_VARIABLE
 
@@ -43,7 +44,9 @@ async def main(folder):
     port = listening.getsockname()[1]
     fast = Fast(Told(), lambda app: NoAccounts())
     fast.as_streams = partial(Streams, fast)
-    config = uvicorn.Config(lambda: app, factory=True, lifespan="off", log_level="warning", http=fast.protocol)
+    config = uvicorn.Config(
+        lambda: app, factory=True, lifespan="off", log_level="warning", http=partial(FastLane, fast)
+    )
     sockets = proxy_sockets.ProxySockets(
         fast, {SOCKETS_VARIABLE: folder, **dict.fromkeys(proxy_sockets._RANGE, str(port))}
     )

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import grpc
@@ -17,7 +18,8 @@ import uvicorn
 
 from raymill.actors import grpc_service
 from raymill.actors import open_inference_pb2 as pb
-from raymill.actors.fastlane import NoAccounts
+from raymill.actors.fast_server import NoAccounts
+from raymill.actors.fastlane import FastLane
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import spec, stand_ins
 from raymill.actors.serving import ServingReplica
@@ -65,7 +67,13 @@ class Replica(threading.Thread):
         await found.reconfigure(to_user_config([spec()]))
         app = found.__serve_build_asgi_app__()
         config = uvicorn.Config(
-            app, host="0.0.0.0", port=0, http=found.fast.protocol, lifespan="off", log_config=None, access_log=False
+            app,
+            host="0.0.0.0",
+            port=0,
+            http=partial(FastLane, found.fast),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
         )
         self.server = uvicorn.Server(config)
         self.server.install_signal_handlers = lambda: None

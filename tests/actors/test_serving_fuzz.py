@@ -8,13 +8,15 @@ import asyncio
 import random
 import re
 from contextlib import asynccontextmanager
+from functools import partial
 
 import orjson
 import pytest
 import uvicorn
 
 from raymill.actors import fastlane, wire
-from raymill.actors.fastlane import NoAccounts
+from raymill.actors.fast_server import NoAccounts
+from raymill.actors.fastlane import FastLane
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import requests as sound_requests
 from raymill.actors.selftest import spec, stand_ins
@@ -225,7 +227,9 @@ async def endpoint(home):
     replica.start()
     await replica.reconfigure(to_user_config([spec()]))
     app = replica.__serve_build_asgi_app__()
-    server = uvicorn.Server(uvicorn.Config(app, http=replica.fast.protocol, lifespan="off", log_config=None, port=0))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=partial(FastLane, replica.fast), lifespan="off", log_config=None, port=0)
+    )
     serving = asyncio.create_task(server.serve())
     try:
         while not server.started:

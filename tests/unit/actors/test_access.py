@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import grpc
 import pytest
@@ -14,7 +15,8 @@ from raymill.actors import door as door_module
 from raymill.actors import grpc_service, selftest
 from raymill.actors.access import KeySet, right_for
 from raymill.actors.door import Door
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.rollout import to_user_config
 from raymill.actors.selftest import converse, masked, post
 from raymill.actors.serving import ServingReplica
@@ -227,7 +229,7 @@ def lanes(tmp_path_factory):
     def send(policy, data):
         fast, app = fasts[policy], apps[policy]
         before = fast.requests
-        quick = loop.run_until_complete(converse(fast.protocol, app, data))
+        quick = loop.run_until_complete(converse(partial(FastLane, fast), app, data))
         plain = loop.run_until_complete(converse(HttpToolsProtocol, app, data))
         return masked(quick), masked(plain), fast.requests - before
 
@@ -260,7 +262,7 @@ def test_a_body_that_is_still_on_its_way_is_not_waited_for_nor_kept(tmp_path):
         config = uvicorn.Config(lambda: app, factory=True, lifespan="off", log_config=None)
         config.load()
         fast = Fast(found, refusal=found.door.refusal)
-        protocol = fast.protocol(config=config, server_state=uvicorn.server.ServerState(), app_state={})
+        protocol = FastLane(fast, config=config, server_state=uvicorn.server.ServerState(), app_state={})
         wire, size = selftest.Wire(), 8 << 20
         protocol.connection_made(wire)
         protocol.data_received(post("/predict/selftest", b"x" * size, last=False)[:5000])

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from raymill.actors import fastlane, http2, http_head, proxy_sockets, selftest, stream_replies
+from raymill.actors import fast_server, fastlane, http2, http_head, proxy_sockets, selftest, stream_replies
 from raymill.actors.answering import HttpCall
 from raymill.actors.asgi import Reply
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.lane import Ticket
 from raymill.actors.proxy_sockets import ProxySockets
 from raymill.actors.proxy_streams import Streams
@@ -73,7 +74,7 @@ def connection(service, books=None):
     config = uvicorn.Config(lambda: echo, factory=True, lifespan="off", log_config=None)
     config.load()
     fast = Fast(service, lambda app: books or Books())
-    found = fast.protocol(config=config, server_state=uvicorn.server.ServerState(), app_state={})
+    found = FastLane(fast, config=config, server_state=uvicorn.server.ServerState(), app_state={})
     wire = selftest.Wire()
     found.connection_made(wire)
     return found, wire, fast
@@ -151,7 +152,7 @@ def test_http2_is_for_the_proxy_and_where_streams_are_taken():
         begins = http2.PREFACE + http2.settings()
 
         def begun(wire, before=b""):
-            made = fast.protocol(**fast.arguments)
+            made = FastLane(fast, **fast.arguments)
             made.connection_made(wire)
             for data in (before, begins):
                 made.data_received(data)
@@ -350,9 +351,9 @@ def test_heads_seen_before_are_not_parsed_again_and_not_kept_without_bound():
     block = post("/predict/m", b"")
     assert fast.head(block) is fast.head(block)
     assert fast.head(post("/predict/m", b"", "x-request-id: 1")).request_id == "1"
-    for n in range(3 * fastlane._KNOWN_HEADS):
+    for n in range(3 * fast_server._KNOWN_HEADS):
         fast.head(post("/predict/m", b"", f"a: {n}"))
-    assert len(fast._heads) <= fastlane._KNOWN_HEADS
+    assert len(fast._heads) <= fast_server._KNOWN_HEADS
 
 
 @asynccontextmanager
@@ -360,7 +361,7 @@ async def served(found):
     """The replica on a port of this host, by uvicorn with the fast lane."""
     found.fast = Fast(found)
     config = uvicorn.Config(
-        found.__serve_build_asgi_app__(), port=0, lifespan="off", log_level="error", http=found.fast.protocol
+        found.__serve_build_asgi_app__(), port=0, lifespan="off", log_level="error", http=partial(FastLane, found.fast)
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())
@@ -416,7 +417,10 @@ def test_both_lanes_answer_the_same_on_a_pipelines_model(tmp_path):
         found = await replica(tmp_path, LIVE, sink=ListSink())
         app, fast = selftest.as_serve_does(found.__serve_build_asgi_app__()), Fast(found)
         for data in sent:
-            quick, plain = await converse(fast.protocol, app, data), await converse(HttpToolsProtocol, app, data)
+            quick, plain = (
+                await converse(partial(FastLane, fast), app, data),
+                await converse(HttpToolsProtocol, app, data),
+            )
             assert masked(quick) == masked(plain)
         assert fast.requests == len(sent)
         await found.reconfigure(to_user_config([LIVE]))

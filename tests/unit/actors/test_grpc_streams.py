@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.actors import grpc_heads, grpc_service, http2, lane, proxy_streams
+from raymill.actors import grpc_heads, grpc_service, http2, proxy_streams
 from raymill.actors.asgi import Reply, error_reply
 from raymill.actors.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 from raymill.runtime.errors import RequestError, Unauthenticated
 from tests.unit.actors.serving_parts import ListSink, model, replica
 from tests.unit.actors.test_fastlane import Books, on_loop
-from tests.unit.actors.test_proxy_streams import Client, Slow
+from tests.unit.actors.test_proxy_streams import Client, Lined, Slow
 
 CLIENT = [("content-type", "application/grpc"), ("te", "trailers"), ("user-agent", "grpc-python/1.70")]
 
@@ -137,13 +137,6 @@ def test_large_messages_come_whole_and_too_large_ones_are_refused(monkeypatch):
 
 def test_a_deadline_goes_with_the_call_and_who_leaves_is_not_computed_for(books):
     async def test():
-        class Lined(Slow):
-            def submit(self, call, done):
-                super().submit(call, done)
-                tickets.append(lane.Ticket(None, done))
-                return tickets[-1]
-
-        tickets = []
         client = Asked(Lined())
         units = {"4999m": 4.999, "2S": 2.0, "1M": 60.0, "1H": 3600.0, "250000u": 0.25, "5n": 5e-9, "odd": None}
         for text in units:
@@ -153,7 +146,7 @@ def test_a_deadline_goes_with_the_call_and_who_leaves_is_not_computed_for(books)
         assert [call.timeout_s for call, _ in client.service.waiting] == [*units.values(), None]
         client.h2.reset_stream(left)
         client.exchange()
-        assert [t.left for t in tickets] == [False] * len(units) + [True] and books.statuses == [499]
+        assert [t.left for t in client.service.tickets] == [False] * len(units) + [True] and books.statuses == [499]
 
     on_loop(test)
 

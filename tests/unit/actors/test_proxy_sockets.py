@@ -5,7 +5,6 @@ import os
 import resource
 import socket
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import uvloop
@@ -23,20 +22,15 @@ def test_two_hundred_connections_of_a_proxy_are_taken_in_a_few_turns_of_the_loop
             def connection_made(self, transport):
                 made.append(transport)
 
-        class Served:
-            arguments: ClassVar = {}
-
-            def protocol(self):
-                return Counted()
-
         async def reached(host, port):
             return None, SimpleNamespace(close=lambda: None)
 
         monkeypatch.setattr(asyncio, "open_connection", reached)
+        monkeypatch.setattr(proxy_sockets, "FastLane", lambda fast: Counted())
         monkeypatch.setattr(ProxySockets, "_listening", lambda self: ("127.0.0.1", 8123, port.fileno()))
         port = socket.create_server(("127.0.0.1", 0), backlog=2048)
         names = {proxy_sockets.SOCKETS_VARIABLE: str(tmp_path), **dict.fromkeys(proxy_sockets._RANGE, "8123")}
-        beside = ProxySockets(Served(), names)
+        beside = ProxySockets(SimpleNamespace(arguments={}), names)
         await beside.open("10.0.0.7")
         path = tmp_path / "10.0.0.7_8123.sock"
         assert oct(path.stat().st_mode & 0o777) == "0o600"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from raymill.actors import http2, lane, proxy_streams, selftest, stream_replies
 from raymill.actors.asgi import Reply
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.http2 import Malformed
 from raymill.actors.proxy_streams import Streams
 from tests.unit.actors import test_fastlane
@@ -48,6 +49,19 @@ class Slow(test_fastlane.Slow):
         done(Reply(200, self.body or call.model.encode()))
 
 
+class Lined(Slow):
+    """Gives tickets, as a lane does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tickets = []
+
+    def submit(self, call, done):
+        super().submit(call, done)
+        self.tickets.append(lane.Ticket(None, done))
+        return self.tickets[-1]
+
+
 class Client:
     """What speaks to a connection in memory: h2, and what it has heard of each stream."""
 
@@ -58,7 +72,7 @@ class Client:
         self.fast = Fast(service, lambda app: self.books)
         self.server = uvicorn.server.ServerState()
         arguments = {"config": config, "server_state": self.server, "app_state": {}}
-        self.fast.protocol(**arguments)
+        FastLane(self.fast, **arguments)
         self.connection = Streams(self.fast, arguments)
         self.service = service
         self.wire = Wire()
@@ -215,19 +229,12 @@ def test_replies_of_one_batch_are_written_together():
 
 def test_a_caller_who_leaves_is_not_computed_for_and_harms_nobody():
     async def test():
-        class Lined(Slow):
-            def submit(self, call, done):
-                super().submit(call, done)
-                tickets.append(lane.Ticket(None, done))
-                return tickets[-1]
-
-        tickets = []
         client = Client(Lined())
         left, stays = client.ask("/predict/a", b"1"), client.ask("/predict/b", b"1")
         client.exchange()
         client.h2.reset_stream(left)
         client.exchange()
-        assert [t.left for t in tickets] == [True, False] and client.books.statuses == [499]
+        assert [t.left for t in client.service.tickets] == [True, False] and client.books.statuses == [499]
         client.service.answer(0)
         client.service.answer(1)
         await client.settled()
@@ -235,7 +242,7 @@ def test_a_caller_who_leaves_is_not_computed_for_and_harms_nobody():
         client.ask("/predict/c", b"1")
         client.exchange()
         client.connection.connection_lost(None)
-        assert tickets[-1].left and client.books.statuses == [499, 200, 499]
+        assert client.service.tickets[-1].left and client.books.statuses == [499, 200, 499]
         assert client.connection not in client.server.connections
 
     on_loop(test)

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import orjson
@@ -14,7 +15,8 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import StatusCode
 
 from raymill.actors import traces
-from raymill.actors.fastlane import Fast
+from raymill.actors.fast_server import Fast
+from raymill.actors.fastlane import FastLane
 from raymill.actors.oip_grpc import GrpcCall
 from raymill.actors.open_inference_pb2 import ModelInferRequest
 from raymill.actors.selftest import converse, post
@@ -160,7 +162,7 @@ def test_the_fast_lane_is_traced_and_keeps_no_head_of_a_trace(run):
         fast = Fast(seen.replica)
         headers = [f"{name}: {value}" for name, value in SAMPLED.items()]
         sent = post("/predict/taxi", orjson.dumps(rows()), *headers)
-        reply = await converse(fast.protocol, None, sent)
+        reply = await converse(partial(FastLane, fast), None, sent)
         assert reply.startswith(b"HTTP/1.1 200") and fast.requests == 1
         assert seen.tree() == STAGES and fast._heads == {}
 
