@@ -1,6 +1,7 @@
-"""A server as a replica's, whose answers are what the request's headers say; run by itself, with a folder for sockets.
+"""A server as a replica's, whose answers are what a request's headers say; run by itself, with a folder for sockets.
 
-Headers: `wait` (seconds), `size` (bytes of the answer), `ends` (a file: whoever creates it is killed by that request).
+Headers: `wait` (seconds), `size` (bytes of the answer), `refused` (why), `ends` (a file: whoever creates it is killed by
+that request).
 """
 
 import asyncio
@@ -13,10 +14,13 @@ from functools import partial
 import uvicorn
 
 from raymill.actors import proxy_sockets
-from raymill.actors.asgi import Reply
+from raymill.actors.asgi import Reply, error_reply
 from raymill.actors.fast_server import Fast, NoAccounts
 from raymill.actors.fastlane import FastLane
+from raymill.actors.oip_grpc import GrpcCall
+from raymill.actors.open_inference_pb2 import ModelInferResponse
 from raymill.actors.proxy_streams import Streams
+from raymill.runtime.errors import RequestError
 from raymill.runtime.home import SOCKETS_VARIABLE
 
 
@@ -28,15 +32,25 @@ class Told:
                 os.kill(os.getpid(), signal.SIGKILL)
             except FileExistsError:
                 pass
-        reply = Reply(200, call.body.ljust(int(call.headers.get("size", 0)), b"."))
+        if why := call.headers.get("refused"):
+            done(error_reply(RequestError(why)))
+            return
+        size = int(call.headers.get("size", 0))
+        if isinstance(call, GrpcCall):
+            answer = ModelInferResponse(id=call.request.id, raw_output_contents=[bytes(size)])
+            reply = Reply(200, answer.SerializeToString())
+        else:
+            reply = Reply(200, call.body.ljust(size, b"."))
         asyncio.get_running_loop().call_later(float(call.headers.get("wait", 0)), done, reply)
 
 
 async def app(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
-    await send({"type": "http.response.body", "body": b"app"})
+    body = b"success" if scope["path"].endswith("/Healthz") else b"app"  # what HAProxy waits for from gRPC's servers
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def main(folder):

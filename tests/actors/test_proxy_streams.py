@@ -16,8 +16,11 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import pytest
 
+from raymill.actors import grpc_heads
+from raymill.actors.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 from raymill.cluster import serve_proxy
 from raymill.cluster.ports import choose
 from raymill.runtime.home import SOCKETS_VARIABLE
@@ -88,8 +91,50 @@ def test_small_requests_to_predict_come_as_streams_and_all_others_do_not(proxied
 
 def test_answers_of_any_size_are_whole(proxied):
     proxy = proxied(1)
+    infer = calls(proxy)
     for size in (0, 1, 12_288, 12_289, 65_536, 300_000, 3_000_000):
         assert ask(proxy.port, b"x", size=size) == (200, b"x".ljust(size, b"."))
+        answer = infer(ModelInferRequest(id="x"), metadata=[("size", str(size))], timeout=20)
+        assert answer.id == "x" and answer.raw_output_contents == [bytes(size)]
+    large = ModelInferRequest(id="y", raw_input_contents=[bytes(3_000_000)])
+    assert infer(large, timeout=20).id == "y"
+    assert counts(proxy)[f"gRPC{serve_proxy._BESIDE}"] == 8 and counts(proxy)["gRPC"] == 0
+
+
+def calls(proxy):
+    """`ModelInfer` of gRPC's own client."""
+    channel = grpc.insecure_channel(f"127.0.0.1:{proxy.ports.grpc}")
+    return channel.unary_unary(
+        grpc_heads.INFER.decode(), ModelInferRequest.SerializeToString, ModelInferResponse.FromString
+    )
+
+
+def test_a_killed_replica_costs_no_call_of_grpc(proxied):
+    proxy = proxied(2)
+    infer, found = calls(proxy), []
+
+    def call(n):
+        found.append(infer(ModelInferRequest(id=f"{n}"), metadata=[("wait", "0.5")], timeout=20).id == f"{n}")
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in range(30)]
+    for caller in callers:
+        caller.start()
+    time.sleep(0.2)
+    proxy.replicas[0].send_signal(signal.SIGKILL)
+    for caller in callers:
+        caller.join()
+    assert found == [True] * 30
+
+
+def test_a_call_of_grpc_that_is_refused_or_too_late_is_told_so(proxied):
+    proxy = proxied(1)
+    infer = calls(proxy)
+    with pytest.raises(grpc.RpcError) as told:
+        infer(ModelInferRequest(id="x"), metadata=[("wait", "30")], timeout=0.3)
+    assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    with pytest.raises(grpc.RpcError) as told:
+        infer(ModelInferRequest(id="x"), metadata=[("refused", "100 % wrong")], timeout=20)
+    assert told.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "100 % wrong" in told.value.details()
 
 
 def together(proxy, count, during=lambda: None, **headers):
