@@ -1,7 +1,7 @@
 """A server as a replica's, whose answers are what a request's headers say; run by itself, with a folder for sockets.
 
-Headers: `wait` (seconds), `size` (bytes of the answer), `refused` (why), `ends` (a file: whoever creates it is killed by
-that request).
+Headers: `wait` (seconds), `size` (bytes of the answer), `refused` (why), `ends` (a file: whoever creates it is killed
+by that request).
 """
 
 import asyncio
