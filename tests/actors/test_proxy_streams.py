@@ -137,12 +137,13 @@ def test_a_call_of_grpc_that_is_refused_or_too_late_is_told_so(proxied):
     assert told.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "100 % wrong" in told.value.details()
 
 
-def together(proxy, count, during=lambda: None, **headers):
-    """What so many callers got who ask at once, while something happens."""
+def together(proxy, count, during=lambda: None, size=0, **headers):
+    """What so many callers got who ask at once with bodies of that size, while something happens."""
     found = []
 
     def call(n):
-        found.append(ask(proxy.port, b"%d" % n, **headers) == (200, b"%d" % n))
+        body = (b"%d" % n).ljust(size, b".")
+        found.append(ask(proxy.port, body, **headers) == (200, body))
 
     callers = [threading.Thread(target=call, args=(n,)) for n in range(count)]
     for caller in callers:
@@ -154,9 +155,11 @@ def together(proxy, count, during=lambda: None, **headers):
     return found
 
 
-def test_a_killed_replica_costs_nobody_anything(proxied, tmp_path):
+@pytest.mark.parametrize("size", [1, serve_proxy.STREAMED_BYTES])
+def test_a_killed_replica_costs_nobody_anything(proxied, size):
     proxy = proxied(2)
-    assert together(proxy, 60, lambda: proxy.replicas[0].send_signal(signal.SIGKILL), wait=0.5) == [True] * 60
+    kill = lambda: proxy.replicas[0].send_signal(signal.SIGKILL)  # noqa: E731
+    assert together(proxy, 60, kill, size, wait=0.5) == [True] * 60
     assert together(proxy, 60) == [True] * 60
 
 
