@@ -33,8 +33,8 @@ WHOLE_S = 20
 """Seconds in which a request must have come, up to the size that the proxy keeps."""
 
 
-STREAMED_BYTES = 16 << 10
-"""Body of a request up to which it goes as a stream: what is kept for a retry (`environment.RETRIED_BODY_BYTES`)."""
+STREAMED_BYTES = 4 << 10
+"""Body of a request up to which it goes as a stream: larger ones take both sides longer in frames than in one piece."""
 _BESIDE = "-via-ingress-request-router"
 _SMALL = (
     "METH_POST { path_beg /predict/ /v2/models/ } { req.hdr(content-length) -m found } "
