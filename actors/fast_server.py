@@ -57,6 +57,27 @@ class NoAccounts:
         """Nothing."""
 
 
+class Beginnings:
+    """Replies up to the length of their bodies, each written once a second."""
+
+    def __init__(self, write: Callable[[int, list[tuple[bytes, bytes]]], bytes]) -> None:
+        """`write` makes one of a status and headers, of which the last is the type of the content."""
+        self._write = write
+        self._known: dict[tuple[int, str], bytes] = {}
+        self._default_headers: list[tuple[bytes, bytes]] = []
+
+    def of(self, status: int, content_type: str, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+        """That of a reply, with uvicorn's own headers."""
+        if default_headers is not self._default_headers:  # uvicorn makes a new list each second, with the date
+            self._default_headers = default_headers
+            self._known.clear()
+        found = self._known.get((status, content_type))
+        if found is None:
+            fields = [*default_headers, (b"content-type", content_type.encode("latin-1"))]
+            found = self._known[status, content_type] = self._write(status, fields)
+        return found
+
+
 class Fast:
     """What the connections of one server share."""
 
@@ -79,8 +100,7 @@ class Fast:
         self._accounts_of = accounts_of or (lambda app: NoAccounts())
         self._heads: dict[bytes, Head] = {}
         self._blocks: dict[bytes, Head | GrpcHead] = {}
-        self._beginnings: dict[tuple[int, str], bytes] = {}
-        self._default_headers: list[tuple[bytes, bytes]] = []
+        self.beginnings, self.block_beginnings = Beginnings(_as_http1), Beginnings(_as_block)
         p = os.urandom(10).hex()
         self._prefix = f"{p[:8]}-{p[8:12]}-{p[12:16]}-{p[16:20]}-"
         self._numbers = itertools.count(1)
@@ -127,21 +147,17 @@ class Fast:
         call = HttpCall(head.model, head.infer, head.version, head.headers, body, head.bare)
         return self.service.submit(call, done)
 
-    def beginning(self, status: int, content_type: str, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-        """A reply up to the length of its body."""
-        if default_headers is not self._default_headers:  # uvicorn makes a new list each second, with the date
-            self._default_headers = default_headers
-            self._beginnings.clear()
-        found = self._beginnings.get((status, content_type))
-        if found is None:
-            lines = [b"%b: %b\r\n" % header for header in default_headers]
-            lines.append(b"content-type: %b\r\ncontent-length: " % content_type.encode("latin-1"))
-            found = self._beginnings[status, content_type] = STATUS_LINE[status] + b"".join(lines)
-        return found
-
     def new_request_id(self) -> str:
         """A name for a request, in the form of a UUID."""
         return f"{self._prefix}{next(self._numbers):012x}"
+
+
+def _as_http1(status: int, fields: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % one for one in fields), b"content-length: "])
+
+
+def _as_block(status: int, fields: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join([http2.status_field(status), *(http2.field(*one) for one in fields)])
 
 
 def _remember(known: dict[bytes, Any], block: bytes, head: Head | GrpcHead | None) -> None:

@@ -284,7 +284,7 @@ class FastLane(HttpToolsProtocol):
         write_now(self.transport, self._socket, data)
 
     def _bytes_of(self, reply: Reply, request_id: str, last: bool) -> bytes:
-        begin = self._fast.beginning(reply.status, reply.content_type, self.server_state.default_headers)
+        begin = self._fast.beginnings.of(reply.status, reply.content_type, self.server_state.default_headers)
         head = "".join([f"{key}: {text}\r\n" for key, text in reply.headers.items()]) if reply.headers else ""
         end = "connection: close\r\n\r\n" if last else "\r\n"
         return b"%b%b%b" % (

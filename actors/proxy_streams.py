@@ -103,8 +103,6 @@ class Streams(asyncio.Protocol):
         self._streams: dict[int, _Asked] = {}
         self._came = 0
         """Bytes of data since the proxy was told that it may send more."""
-        self._beginnings: dict[tuple[int, str], bytes] = {}
-        self._default_headers: list[tuple[bytes, bytes]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What the transport calls
@@ -319,24 +317,12 @@ class Streams(asyncio.Protocol):
             fields = [http2.field(k.encode("latin-1"), v.encode("latin-1")) for k, v in reply.headers.items()]
             more = b"".join(fields)
         block = b"%b%b%b%b" % (
-            self._beginning(reply.status, reply.content_type),
+            self._fast.block_beginnings.of(reply.status, reply.content_type, self._server.default_headers),
             http2.field(b"content-length", b"%d" % len(reply.body)),
             more,
             http2.field(b"x-request-id", request_id.encode("latin-1")),
         )
         self._replies.send(stream, block, reply.body)
-
-    def _beginning(self, status: int, content_type: str) -> bytes:
-        """The headers of a reply up to the length of its body."""
-        if self._default_headers is not self._server.default_headers:  # as `Fast.beginning`
-            self._default_headers = self._server.default_headers
-            self._beginnings.clear()
-        found = self._beginnings.get((status, content_type))
-        if found is None:
-            fields = [*self._default_headers, (b"content-type", content_type.encode("latin-1"))]
-            found = http2.status_field(status) + b"".join([http2.field(*one) for one in fields])
-            self._beginnings[status, content_type] = found
-        return found
 
     async def _by_application(self, asked: _Asked, body: bytes, left: asyncio.Event) -> None:
         """What is not for the fast lane, as uvicorn would have it answered."""

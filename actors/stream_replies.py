@@ -29,7 +29,8 @@ class _Body:
     __slots__ = ("rest", "stream", "trailers", "window")
 
     def __init__(self, stream: int, rest: bytes, trailers: bytes, window: int) -> None:
-        self.stream, self.rest, self.trailers, self.window = stream, rest, trailers, window
+        self.stream, self.trailers, self.window = stream, trailers, window
+        self.rest = memoryview(rest)  # of which parts are cut without a copy of all that is left
 
 
 class Replies:
@@ -158,7 +159,7 @@ class Replies:
                 self._window -= len(part)
                 body.window -= len(part)
                 goes_on = body.rest or body.trailers
-                self.write(http2.frame(http2.DATA, 0 if goes_on else http2.END_STREAM, body.stream, part))
+                self.write(http2.frame(http2.DATA, 0 if goes_on else http2.END_STREAM, body.stream, bytes(part)))
             if body.trailers and not body.rest:
                 self.write(http2.last(body.stream, body.trailers))
         self._waiting = [body for body in self._waiting if body.rest]

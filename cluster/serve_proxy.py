@@ -29,6 +29,8 @@ SOCKETS_VARIABLE = "RAYMILL_SOCKETS"
 """As `runtime.home` has it."""
 CHECK_S = 10.0
 """How long HAProxy may take to look at a configuration."""
+LOOK_S = 1.0
+"""How long a server may take to answer when it is looked at."""
 WHOLE_S = 20
 """Seconds in which a request must have come, up to the size that the proxy keeps."""
 
@@ -141,7 +143,7 @@ def with_streams(text: str) -> str:
         if not streams.keys() & {server[1] for server in re.finditer(_SERVER, text, flags=re.MULTILINE)}:
             return text
         rules[name] = _INFER if " proto h2" in text else _SMALL
-        lines = re.sub(_CHECKS, "", text.replace(name, name + _BESIDE, 1), flags=re.MULTILINE)
+        lines = re.sub(_CHECKS, "", text.replace(f"backend {name}", f"backend {name}{_BESIDE}", 1), flags=re.MULTILINE)
         return text + re.sub(_SERVER, partial(streaming, name), lines, flags=re.MULTILINE)
 
     text = re.sub(r"^backend (\S+)\n(?:[ \t]+.*\n|\n)*", beside, text, flags=re.MULTILINE)
@@ -154,28 +156,36 @@ def with_streams(text: str) -> str:
 
 def takes_streams(place: str) -> bool:
     """Whether a server there (`unix@…`, or `host:port`) answers HTTP/2 with its settings."""
-    path = place.removeprefix("unix@")
-    host, _, port = place.rpartition(":")
     try:
-        with socket.socket(socket.AF_UNIX) if path != place else socket.create_connection((host, port), 1.0) as tried:
-            tried.settimeout(1.0)
-            if path != place:
-                tried.connect(path)
+        with _connected(place) as tried:
             tried.sendall(_HTTP2)
             return tried.recv(9)[3:4] == _SETTINGS_KIND
-    except (OSError, ValueError):
+    except OSError:
         return False
 
 
 def _answers(path: str) -> bool:
     """Whether somebody listens: the file of a replica that was killed is still there."""
-    with socket.socket(socket.AF_UNIX) as tried:
-        tried.settimeout(1.0)
-        try:
-            tried.connect(path)
-        except OSError:
-            return False
+    try:
+        _connected(f"unix@{path}").close()
+    except OSError:
+        return False
     return True
+
+
+def _connected(place: str) -> socket.socket:
+    """A connection to a server there; raises OSError."""
+    if not place.startswith("unix@"):
+        host, _, port = place.rpartition(":")
+        return socket.create_connection((host, int(port)), LOOK_S)
+    tried = socket.socket(socket.AF_UNIX)
+    tried.settimeout(LOOK_S)
+    try:
+        tried.connect(place.removeprefix("unix@"))
+    except OSError:
+        tried.close()
+        raise
+    return tried
 
 
 def launcher(python: str, haproxy: str) -> str:
