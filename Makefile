@@ -14,11 +14,11 @@ run: install            ## the whole loop on real data; leaves nothing running
 test: install           ## unit tests on both cores, then actors and loop tests; fails if either did
 	failed=0; $(UNIT_TESTS) || failed=$$?; $(BIN)/python -m pytest tests/actors tests/loop || failed=$$?; exit $$failed
 
-check: install          ## lint, types, unit tests: under a minute
+check: install          ## lint, types, all but the longest unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(UNIT_TESTS)
+	$(UNIT_TESTS) -m 'not soak and not long'
 
 soak: install           ## the long versions of the tests
 	$(BIN)/python -m pytest tests -m soak --timeout 3600

@@ -160,6 +160,7 @@ def batch(n: int) -> pa.Table:
     return pa.concat_tables([rows(*range(50 * n, 50 * n + 50)), rows(max(0, 50 * n - 1)), rows(10**6 + n, value=-1)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("lives", "last"), [(2, 18), pytest.param(20, 170, marks=pytest.mark.soak)])
 def test_kill_9_at_any_moment_then_a_blind_retry_loses_and_doubles_nothing(tmp_path, lives, last):
     choose, acknowledged = random.Random(7), {}

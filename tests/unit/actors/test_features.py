@@ -364,6 +364,7 @@ def between(rows: pa.Table, time: str, start: datetime, end: datetime) -> pa.Tab
     )
 
 
+@pytest.mark.long
 def test_real_flights_have_the_same_vectors_online_as_offline(tmp_path: Path) -> None:
     flights, weather, planes = nycflights.flights(), nycflights.weather(), nycflights.planes()
     tables = {"flights": flights, "weather": weather, "planes": planes}

@@ -52,6 +52,7 @@ async def overload(lane, seconds):
     return got, refused, refused[0][0] - begun
 
 
+@pytest.mark.long
 def test_an_overloaded_lane_refuses_with_when_to_come_again_and_answers_the_others_sooner():
     async def test():
         with ThreadPoolExecutor(1) as thread:

@@ -218,6 +218,7 @@ while ids := [e.id for e in actor.quarantine() if not e.state.is_terminal][:7]:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("lives", "rows"), [(2, 21), pytest.param(30, 400, marks=pytest.mark.soak)])
 def test_kill_9_of_a_reingest_at_any_moment_loses_and_doubles_nothing(tmp_path, lives, rows):
     choose, actor = random.Random(3), started(tmp_path)

@@ -27,6 +27,7 @@ UTC = pa.timestamp("us", "UTC")
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**40), memory_bytes=st.sampled_from([3_000, 20_000]))
+@pytest.mark.long
 def test_slices_in_time_together_answer_what_the_whole_does(seed: int, memory_bytes: int) -> None:
     dice = random.Random(seed)
     facts, asked = random_events(dice, dice.randrange(60)), random_rows(dice, dice.randrange(1, 26))
@@ -112,6 +113,7 @@ def memory() -> int:
     return int(lines["VmHWM"].split()[0]) << 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [1_040_000, pytest.param(2_600_000, marks=pytest.mark.soak)])
 def test_table_of_five_times_the_memory_is_joined_in_that_memory(tmp_path: Path, n: int) -> None:
     lake, dice, memory_bytes = Lake(tmp_path), np.random.default_rng(0), n * 20

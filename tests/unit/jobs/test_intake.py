@@ -87,6 +87,7 @@ def test_what_can_not_be_pushed_is_told(capsys, monkeypatch, tmp_path, file, wor
     assert (got, told["code"]) == (code, name) and said in told["error"]
 
 
+@pytest.mark.long
 def test_a_feed_takes_what_is_there_and_ends_when_nothing_comes(capsys, tmp_path, file):
     pipeline = file()
     (tmp_path / "in" / "a.csv").write_text(GOOD.format(3))
