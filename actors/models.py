@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -335,12 +336,12 @@ class LoadedModel:
         alone = len(questions) == 1
         return Scored(
             model=self.spec.name,
-            ids=first.ids if alone else [i for q in questions for i in q.ids],
+            ids=first.ids if alone else list(chain.from_iterable(q.ids for q in questions)),
             versions=versions,
             roles=roles,
             at=first.at if alone else np.concatenate([q.at for q in questions]),
-            keys=first.keys if alone else [k for q in questions for k in q.keys],
-            texts=first.texts if alone else [t for q in questions for t in q.texts],
+            keys=first.keys if alone else list(chain.from_iterable(q.keys for q in questions)),
+            texts=first.texts if alone else list(chain.from_iterable(q.texts for q in questions)),
             x=x,
             p=p,
         )

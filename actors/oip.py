@@ -30,6 +30,7 @@ PLATFORM = "raymill"
 INPUT = "features"
 EXTENSIONS = ("binary_tensor_data",)
 _FEW = 512  # numbers that are turned into floats faster without numpy
+_PLACES = tuple(f"/{i}" for i in range(1024))  # of rows within a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ def read_infer(body: bytes, json_length: str | None, spec: ModelSpec) -> Infer:
 def infer_of(x: npt.NDArray[np.float32], request_id: str | None, binary: bool) -> Infer:
     """A request to infer, with prediction ids of its own."""
     prediction_id = new_ids(1)[0]
-    ids = [prediction_id] if len(x) == 1 else [f"{prediction_id}/{i}" for i in range(len(x))]
+    rows = len(x)
+    places = _PLACES[:rows] if rows <= len(_PLACES) else [f"/{i}" for i in range(rows)]
+    ids = [prediction_id] if rows == 1 else [prediction_id + place for place in places]
     return Infer(x, ids, prediction_id, request_id, binary)
 
 
@@ -190,7 +193,9 @@ def finite(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     Raises:
         RequestError: one is.
     """
-    if bool(np.isinf(x).any()):
+    flat = x.ravel()
+    # Squares are summed faster than looked at; a sum too large for FP32, or of a NaN, says nothing.
+    if not math.isfinite(np.dot(flat, flat)) and bool(np.isinf(x).any()):
         raise RequestError("the input holds values that are infinite as FP32: send finite ones, or NaN for unknown")
     return x
 

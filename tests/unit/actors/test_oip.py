@@ -38,6 +38,17 @@ def test_unknown_is_nan_in_binary():
     np.testing.assert_array_equal(oip.read_infer(*binary(X), SPEC).x, X)
 
 
+def test_numbers_whose_squares_are_too_large_are_no_infinite_ones():
+    x = np.array([[1e30, -1e30], [3e38, float("nan")]], np.float32)
+    np.testing.assert_array_equal(oip.read_infer(*binary(x), SPEC).x, x)
+
+
+@pytest.mark.parametrize("rows", [2, 1024, 1025])
+def test_each_row_has_a_prediction_id_of_its_own(rows):
+    infer = oip.infer_of(np.zeros((rows, 2), np.float32), None, binary=True)
+    assert infer.ids == [f"{infer.prediction_id}/{i}" for i in range(rows)]
+
+
 def test_the_callers_id_comes_back_and_names_no_prediction():
     body = orjson.dumps(request() | {"id": "1"})
     one, other = oip.read_infer(body, None, SPEC), oip.read_infer(body, None, SPEC)
