@@ -12,7 +12,8 @@ The parts, each measured alone by `--only PART`:
   mode.
 - `load`: one row as JSON at 70 % of the rate that 100 clients were answered at a moment before, arriving as from a
   crowd (`wrk.at_rate`); what it came to is `load70_share`. `p99_at_load70`: five times its p50, over its p99. mosec
-  is measured likewise, at 70 % of its own rate.
+  is measured likewise, at 70 % of its own rate; and a server that computes nothing behind the same proxy (`floor`,
+  `serving_floor`) at half of its own, beyond which wrk is what can do no more: `floor_p99_at_load50`.
 - `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
 - `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
   thread (`in_process`).
@@ -36,6 +37,7 @@ import numpy as np
 
 from benchmarks import grpc_load, harness, serving_bodies, serving_online, wrk
 from benchmarks.harness import Figures, Measured, Outcome, Side, compare
+from benchmarks.serving_floor import floor
 from benchmarks.serving_peers import PEERS, Up, endpoint, peer
 
 CLIENTS = (1, 100, 400)
@@ -86,13 +88,13 @@ def measure_rows(up: Up, folder: Path, seconds: float) -> Figures:
     return found
 
 
-def measure_load(up: Up, seconds: float) -> Figures:
-    """One row as JSON at 70 % of what 100 clients get."""
+def measure_load(up: Up, seconds: float, percent: int = 70) -> Figures:
+    """One row as JSON at that part of what 100 clients get."""
     post = wrk.Post(up.url, up.body)
     most = wrk.closed(post, clients=100, seconds=seconds)["rps"]
-    found = wrk.at_rate(post, rate=0.7 * most, seconds=seconds)
-    figures = {f"load70_{name}": value for name, value in found.items()}
-    return {**figures, "load70_share": found["rps"] / most}
+    found = wrk.at_rate(post, rate=percent / 100 * most, seconds=seconds)
+    figures = {f"load{percent}_{name}": value for name, value in found.items()}
+    return {**figures, f"load{percent}_share": found["rps"] / most}
 
 
 def measure_features(up: Up, folder: Path, seconds: float) -> Figures:
@@ -137,8 +139,8 @@ def enter_rows(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
 
 
 def enter_load(outcome: Outcome, found: Measured, peers: Collection[str]) -> None:
-    runs = found.runs["ours"]
-    compare(outcome, "p99_at_load70", [5 * r["load70_p50_ms"] / r["load70_p99_ms"] for r in runs])
+    for name, side, load in (("p99_at_load70", "ours", "load70"), ("floor_p99_at_load50", "floor", "load50")):
+        compare(outcome, name, [5 * r[f"{load}_p50_ms"] / r[f"{load}_p99_ms"] for r in found.runs[side]])
     for theirs in peers:
         ratios = found.ratios("load70_p99_ms", "ours", theirs, smaller_is_better=True)
         compare(outcome, f"p99_at_load70_vs_{theirs}", ratios)
@@ -163,7 +165,7 @@ class Part:
 
 
 def _rps_sides(up: Mapping[str, Up], _: Path, seconds: float) -> dict[str, Side]:
-    return {name: partial(measure_rps, server, seconds) for name, server in up.items()}
+    return {name: partial(measure_rps, server, seconds) for name, server in up.items() if name != "floor"}
 
 
 def _grpc_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str, Side]:
@@ -176,7 +178,8 @@ def _rows_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str,
 
 
 def _load_sides(up: Mapping[str, Up], _: Path, seconds: float) -> dict[str, Side]:
-    return {name: partial(measure_load, up[name], seconds) for name in ("ours", "mosec") if name in up}
+    sides = {name: partial(measure_load, up[name], seconds) for name in ("ours", "mosec") if name in up}
+    return {**sides, "floor": partial(measure_load, up["floor"], seconds, 50)}
 
 
 def _features_sides(up: Mapping[str, Up], folder: Path, seconds: float) -> dict[str, Side]:
@@ -217,6 +220,8 @@ def _measured(parts: Collection[str], peers: Collection[str], seconds: float, re
         if online := "features" in parts:
             serving_online.write(folder)
         up = {name: stack.enter_context(peer(name, folder)) for name in peers}
+        if "load" in parts:
+            up["floor"] = stack.enter_context(floor(folder))
         up["ours"] = stack.enter_context(endpoint(folder, online=online))
         for server in up.values():
             wrk.closed(wrk.Post(server.url, server.body), clients=100, seconds=1)
