@@ -8,6 +8,7 @@ is put back, and the failure is raised.
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -20,10 +21,11 @@ from raymill.actors.prepared import environment
 from raymill.actors.rollout import ModelSpec, from_user_config, generation, reroute, to_user_config, without
 from raymill.actors.version_health import Report
 from raymill.runtime.api_keys import KeyPolicy, read_key_file
-from raymill.runtime.errors import ClusterError, ModelError, Unavailable
+from raymill.runtime.errors import ClusterError, ModelError, SpecError, StoreError, Unavailable
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Stage
 from raymill.runtime.turns import turn
+from raymill.runtime.whole_files import write_json
 
 APPLICATION = "raymill"
 IMPORT_PATH = "raymill.actors.serving:build"
@@ -249,6 +251,23 @@ class Endpoint:
         if failed:
             raise Unavailable(f"the prediction log was not shipped whole and is kept: {failed[0]}")
 
+    def remembered(self) -> list[ModelSpec]:
+        """What was served when the cluster ended otherwise than by `raymill down`, or is served; else nothing.
+
+        Raises:
+            SpecError: the file is damaged, or another version's of raymill.
+        """
+        try:
+            return list(from_user_config(json.loads(self._home.served.read_bytes())).values())
+        except FileNotFoundError:
+            return []
+        except ValueError as err:
+            raise SpecError(f"{self._home.served} is no JSON ({err}): remove it, and serve the models anew") from err
+
+    def forget(self) -> None:
+        """Let nothing come back that was served."""
+        self._home.served.unlink(missing_ok=True)
+
     def delete(self) -> None:
         """Take the application down."""
         self._request("DELETE", None)
@@ -267,6 +286,10 @@ class Endpoint:
             if before:
                 self._put({**self._options, "applications": [before]})
             raise
+        try:
+            write_json(self._home.served, config["applications"][0]["deployments"][0]["user_config"])
+        except OSError as err:
+            raise StoreError(f"{self._home.served} can not be written ({err}): it is served, until a crash") from err
 
     def _put(self, config: dict[str, Any]) -> None:
         """Send it; a changing number of replicas stays what it is, and of none one is woken, to acknowledge."""

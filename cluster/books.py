@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from raymill.cluster.node_table import write_json
 from raymill.cluster.policy import WatchedNode, departures, started_event, stopped_event
 from raymill.runtime.errors import ClusterError, StoreError
 from raymill.runtime.home import Home
 from raymill.runtime.ledger import Ledger
+from raymill.runtime.whole_files import write_json
 
 LEDGER_WAIT_S = 5.0
 """How long `down` waits for the ledger's lock, which the killed records actor held."""

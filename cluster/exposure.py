@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from raymill.runtime.errors import Exposed, RequestError
 from raymill.runtime.home import Home
 from raymill.runtime.key_registry import KeyRegistry
 from raymill.runtime.ledger import Ledger
+from raymill.runtime.whole_files import PRIVATE, write_whole
 
 RECORD_WAIT_S = 10.0
 """How long another opener of the record may take to go away."""
@@ -65,7 +64,7 @@ def make_operator_key(home: Home, now_s: float) -> None:
         for digest in holding:
             registry.revoke(digest, "a new operator's key takes its place")
         key = new_key()
-        _write_closed(home.operator_key, key + "\n")
+        write_whole(home.operator_key, key + "\n", mode=PRIVATE)
         registry.create(ApiKey(digest=digest_of(key), tenant=OPERATOR, rights=tuple(Right), created_s=now_s))
 
 
@@ -83,15 +82,6 @@ def _registry(home: Home) -> Iterator[KeyRegistry]:
         yield KeyRegistry(ledger, time.time)
     finally:
         ledger.close()
-
-
-def _write_closed(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def _address_faults(host: str) -> Iterator[str]:

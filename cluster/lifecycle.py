@@ -19,7 +19,7 @@ from typing import Literal
 from raymill.cluster import exposure, processes, start
 from raymill.cluster.books import close_books
 from raymill.cluster.front import is_everywhere
-from raymill.cluster.node_table import table_path, write_json
+from raymill.cluster.node_table import table_path
 from raymill.cluster.ports import Ports, choose
 from raymill.cluster.processes import Process
 from raymill.cluster.providers import namespace
@@ -28,6 +28,7 @@ from raymill.cluster.spec import ClusterConfig, ListenSpec, load_config
 from raymill.cluster.spot_state import market_path
 from raymill.runtime.errors import ClusterError, Conflict
 from raymill.runtime.home import Home
+from raymill.runtime.whole_files import write_json
 
 LOCK_WAIT_S = 120.0
 """How long an `up` or `down` waits for another one of the same home."""
@@ -99,7 +100,9 @@ def down(home: Home, say: Say = lambda _: None) -> int:
         return 0
     with _alone(home):
         say("stopping")
-        return _clear(home)
+        ended = _clear(home)
+        home.served.unlink(missing_ok=True)  # it was ended, it did not crash: nothing is to come back
+        return ended
 
 
 def _planned(home: Home, config: ClusterConfig, ports: Ports) -> Session:

@@ -7,8 +7,6 @@ reader never sees half a table, and a monitor that starts again finds its nodes.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from raymill.cluster.processes import Process
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
+from raymill.runtime.whole_files import write_json
 
 KEPT_ENDED = 200
 """Ended nodes that the table remembers, so that a watcher can say why one went."""
@@ -114,22 +113,6 @@ def read_table(home: Home) -> NodeTable:
 def write_table(home: Home, table: NodeTable) -> None:
     """Write it, atomically."""
     write_json(table_path(home), {"nodes": [asdict(e) for e in table.nodes.values()]})
-
-
-def write_json(path: Path, document: Any, mode: int = 0o600) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, whole, and a crash leaves one of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _entry(document: dict[str, Any]) -> NodeEntry:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from raymill.cluster.environment import client_environment, serve_options
 from raymill.cluster.front import is_ipv6
-from raymill.cluster.node_table import write_json
 from raymill.cluster.ports import Ports
 from raymill.cluster.processes import Process
 from raymill.cluster.spec import ClusterConfig, parse_config
 from raymill.runtime.api_keys import KeyPolicy, read_key_file
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
+from raymill.runtime.whole_files import write_json
 
 _HEAD = ("gcs/gcs_server", "raylet/raylet", "dashboard/dashboard.py", "autoscaler/v2/monitor.py")
 """Words in the command lines of the head's own processes; a head without one of them is dead to us."""

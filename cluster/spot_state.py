@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from raymill.cluster.market import UNLIMITED, MarketStep, capacity_at
-from raymill.cluster.node_table import write_json
 from raymill.cluster.notices import Reclaim
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
 from raymill.runtime.messages import Notice
+from raymill.runtime.whole_files import write_json
 
 
 @dataclass(slots=True)

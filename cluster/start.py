@@ -34,6 +34,7 @@ from raymill.cluster.session import Session
 from raymill.cluster.spec import HEAD_TYPE, ClusterConfig
 from raymill.runtime.errors import ClusterError
 from raymill.runtime.home import Home
+from raymill.runtime.whole_files import PRIVATE, write_whole
 
 HEAD_TIMEOUT_S = 120.0
 SERVE_TIMEOUT_S = 90.0
@@ -164,10 +165,7 @@ def ray_token() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists() or not path.read_text().strip():
-            fresh = path.with_name(f".{path.name}.{os.getpid()}")
-            fresh.touch(mode=0o600)
-            fresh.write_text(secrets.token_hex(32))
-            os.replace(fresh, path)
+            write_whole(path, secrets.token_hex(32), mode=PRIVATE)
         path.chmod(0o600)
     except OSError as err:
         raise ClusterError(f"Ray's token {path} can not be written ({err.strerror}): mend its folder's owner") from err

@@ -24,7 +24,6 @@ Moments (`at`) are µs UTC or ISO text.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -35,6 +34,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from raymill.jobs import report_plots
+from raymill.runtime.whole_files import write_whole
 
 NAME = "report.html"
 """File name, in the run's folder and as the template."""
@@ -47,12 +47,10 @@ MAX_FEATURES = 24
 
 
 def write_report(run_dir: Path, summary: Mapping[str, Any], details: Mapping[str, Any]) -> Path:
-    """Write `report.html` into the run's folder, by atomic rename, and return its path."""
+    """Write `report.html` into the run's folder, and return its path."""
     page = render(summary, details)
     path = run_dir / NAME
-    draft = path.with_name(f".{NAME}.{os.getpid()}")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, page)
     return path
 
 

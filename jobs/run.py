@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import IO, Any
 from raymill.runtime.errors import Conflict
 from raymill.runtime.home import Home
 from raymill.runtime.ids import new_ids
+from raymill.runtime.whole_files import write_whole
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class Run:
 
     def save(self) -> None:
         """Write the progress, atomically."""
-        write_atomically(self.folder / "loop.json", json.dumps(asdict(self.progress), indent=1))
+        write_whole(self.folder / "loop.json", json.dumps(asdict(self.progress), indent=1))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -105,7 +105,7 @@ def open_run(home: Home, pipeline: str, spec_json: str) -> Iterator[Run]:
             progress = Progress(run=new_ids(1)[0], pipeline=pipeline, began_s=time.time())
         run = Run(home, progress)
         run.folder.mkdir(exist_ok=True)
-        write_atomically(run.folder / "spec.json", spec_json)
+        write_whole(run.folder / "spec.json", spec_json)
         run.save()
         yield run
 
@@ -117,16 +117,6 @@ def newest(home: Home, pipeline: str | None = None) -> Progress | None:
         if pipeline is None or progress.pipeline == pipeline:
             return progress
     return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by one with this text; a reader sees the old or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def _hold(lock: IO[str], pipeline: str) -> None:

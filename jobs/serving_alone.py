@@ -88,8 +88,28 @@ def take_off(model: str, endpoint: Endpoint, scheduler: Scheduler) -> list[str]:
             endpoint.set_models(rest)
         else:
             endpoint.delete()
+            endpoint.forget()
             give_up_grant(scheduler, reason=f"{model} was the last model that was served")
         return [m.name for m in rest]
+
+
+def bring_back(endpoint: Endpoint, scheduler: Scheduler, placement: Placement) -> tuple[list[str], list[str]]:
+    """Serve again what was served when the cluster ended in a crash; the names, and those of pipelines' models.
+
+    A pipeline's are brought back by its own run, with the monitor that they need.
+
+    Raises:
+        SpecError: what was served can not be read.
+        LeaseError, ModelError, ClusterError: as of `put_up`; the next start tries again.
+    """
+    with endpoint.turn():
+        if endpoint.models():
+            return [], []
+        found = endpoint.remembered()
+        alone = [m for m in found if m.plan is None]
+        if alone:
+            _deploy(endpoint, scheduler, alone, placement)
+        return [m.name for m in alone], [m.name for m in found if m.plan is not None]
 
 
 def _deploy(endpoint: Endpoint, scheduler: Scheduler, models: list[ModelSpec], placement: Placement) -> None:

@@ -71,6 +71,11 @@ class Home:
         return self.root / "cluster"
 
     @property
+    def served(self) -> Path:
+        """What the endpoint serves, as Serve was told it last: for a start after a crash. `raymill down` removes it."""
+        return self.cluster / "served.json"
+
+    @property
     def parts(self) -> Path:
         """Copies of parts of a lake that lies in an object store (a cache: may be deleted)."""
         return self.root / "parts"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from raymill.jobs.cli.again import serve_again
 from raymill.jobs.cli.output import AsJson, emit, err, out, progress
 from raymill.jobs.cli.records import join, running_session
 from raymill.runtime.errors import Conflict
@@ -62,6 +63,8 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
         try:
             with opened.stage("up"):
                 used = found or lifecycle.up(home, config, say=_say)
+                if ours:
+                    serve_again(used)
             summary, details = _loop(declared, used, config, opened)
         finally:
             if ours and not keep:
@@ -103,10 +106,10 @@ def _loop(
 
 def _finish(opened: Run, summary: dict[str, Any], details: dict[str, Any]) -> None:
     from raymill.jobs.report import write_report
-    from raymill.jobs.run import write_atomically
+    from raymill.runtime.whole_files import write_whole
 
     write_report(opened.folder, summary, details)
-    write_atomically(opened.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+    write_whole(opened.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     opened.progress.finished = True
     opened.save()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from raymill.jobs.cli.again import serve_again
 from raymill.jobs.cli.output import AsJson, emit, err, out
 from raymill.jobs.cli.records import join, open_records, running_session
 from raymill.runtime.api_keys import KEY_VARIABLE, KeyPolicy
@@ -47,6 +48,8 @@ def serve(
         raise Conflict(f"the cluster that runs has its endpoint at {found.serve_url}: leave --port away")
     session = found or _start(port)
     try:
+        if found is None:
+            serve_again(session)
         version = _put_up(read, session, promote)
         document = describe(read, version, session.serve_url, with_key=session.keys is KeyPolicy.ALL)
         emit(document, as_json, lambda: _print(document, ends_here=found is None and not detach))

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from raymill.cluster import lifecycle
 from raymill.cluster.spec import load_config
+from raymill.jobs.cli.again import serve_again
 from raymill.jobs.cli.output import AsJson, emit, err, out
 from raymill.runtime.errors import SpecError
 from raymill.runtime.home import current_home
@@ -44,7 +45,8 @@ def up(
             serve=serve,
             say=lambda step: status.update(step),
         )
-    document = {**found.document(), "seconds": round(time.monotonic() - began, 1)}
+    again = serve_again(found) if serve else []
+    document = {**found.document(), "served_again": again, "seconds": round(time.monotonic() - began, 1)}
 
     def human() -> None:
         out.print(Text.assemble(("up", "bold green"), f" after {document['seconds']} s; state in {home.root}"))
@@ -54,6 +56,8 @@ def up(
         out.print(f"  endpoint   {found.serve_url}   ({needed})")
         if found.public_url:
             out.print(f"  elsewhere  {found.public_url}, gRPC {found.public_grpc}   (TLS, API key)")
+        if again:
+            out.print(f"  serving    {', '.join(again)}   (as before the crash)")
         out.print("  stop it with `raymill down`")
 
     emit(document, as_json, human)

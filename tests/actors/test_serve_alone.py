@@ -82,3 +82,26 @@ def test_a_user_serves_files_and_code_from_nothing_and_ctrl_c_takes_all_of_it_aw
         time.sleep(0.2)
     left = [psutil.Process(p.pid).cmdline() for p in marked(SESSION_MARK, str(tmp_path / "mill"))]
     assert not left
+
+
+def test_what_was_served_comes_back_after_a_crash_of_everything_and_not_after_down(user, tmp_path):
+    port = picker()(1)
+    told = json.loads(user("serve", "one.ubj", "--port", str(port), "--detach", "--json"))
+    assert json.loads(user("serve", "two.ubj", "--name", "one", "--json"))["stage"] == "canary"
+    assert json.loads(user("promote", "one", "2", "--json"))["version"] == 2
+    ours = [psutil.Process(p.pid) for p in marked(SESSION_MARK, str(tmp_path / "mill"))]
+    for process in ours:
+        process.kill()
+    psutil.wait_procs(ours, timeout=20)
+
+    up = json.loads(user("up", "--ports", "auto", "--json"))
+    assert up["served_again"] == ["one"]
+    rows = [dict(zip("abc", map(float, row), strict=True)) for row in X[:50]]
+    answer = httpx.post(f"{up['serve_url']}/predict/one", json={"rows": rows}).json()
+    booster = xgboost.Booster(model_file="two.ubj")
+    assert answer["version"] == 2 and told["version"] == 1
+    assert np.allclose([a["prediction"] for a in answer["predictions"]], booster.inplace_predict(X[:50]), atol=1e-7)
+    assert json.loads(user("up", "--json"))["served_again"] == []
+
+    user("down")
+    assert json.loads(user("up", "--ports", "auto", "--json"))["served_again"] == []

@@ -19,7 +19,7 @@ from raymill.actors.scheduler import GpuPoolScheduler
 from raymill.jobs.cli.output import out
 from raymill.jobs.cli.serve import _print, describe
 from raymill.jobs.model_target import Target, Wish, read_target
-from raymill.jobs.serving_alone import give_up_grant, put_up, take_off
+from raymill.jobs.serving_alone import bring_back, give_up_grant, put_up, take_off
 from raymill.runtime.errors import Conflict, ModelError, SpecError, UnknownModel, Usage
 from raymill.runtime.messages import Manifest
 from raymill.runtime.records import RecordsActor
@@ -110,7 +110,7 @@ class FakeEndpoint:
     """Takes what it is told to serve, and refuses when it is told to."""
 
     def __init__(self):
-        self.served, self.refuses, self.deployments = [], False, []
+        self.served, self.noted, self.refuses, self.deployments = [], [], False, []
 
     def turn(self):
         return nullcontext()
@@ -126,6 +126,15 @@ class FakeEndpoint:
     def deploy(self, models, placement):
         self.deployments.append(placement.replicas)
         self.set_models(models)
+
+    def crash(self):
+        self.noted, self.served = self.served, []
+
+    def remembered(self):
+        return self.noted
+
+    def forget(self):
+        self.noted = []
 
     def delete(self):
         self.served = []
@@ -209,6 +218,34 @@ def test_a_model_is_taken_off_beside_the_others_and_its_file_puts_it_back(servin
     assert take_off("n", endpoint, scheduler) == [] and endpoint.served == [] and scheduler.leases("serve") == []
     with pytest.raises(UnknownModel, match="served: nothing"):
         take_off("n", endpoint, scheduler)
+
+
+def test_what_was_served_comes_back_after_a_crash_but_for_a_pipelines(serving, scheduler):
+    serve, _, endpoint = serving
+    serve(b"one")
+    serve(b"two")
+    serve(b"other", name="n", inputs=("x",))
+    before = endpoint.served
+    place = Placement(resources={"head": 0.01})
+    assert bring_back(endpoint, scheduler, place) == ([], []) and endpoint.deployments == [1]
+    give_up_grant(scheduler, reason="the cluster has ended")
+    endpoint.crash()
+    endpoint.noted = [*before, replace(before[0], name="p", plan={"features": []})]
+    endpoint.refuses = True
+    with pytest.raises(ModelError):
+        bring_back(endpoint, scheduler, place)
+    assert scheduler.leases("serve") == [] and endpoint.noted
+    endpoint.refuses = False
+    assert bring_back(endpoint, scheduler, place) == (["m", "n"], ["p"])
+    assert endpoint.served == before and len(scheduler.leases("serve")) == 1
+
+
+def test_what_was_taken_off_does_not_come_back(serving, scheduler):
+    serve, _, endpoint = serving
+    serve(b"one")
+    endpoint.noted = endpoint.served
+    take_off("m", endpoint, scheduler)
+    assert bring_back(endpoint, scheduler, Placement()) == ([], []) and endpoint.served == []
 
 
 def test_a_pipelines_model_is_not_taken_off(serving, scheduler):
