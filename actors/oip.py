@@ -194,8 +194,8 @@ def finite(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         RequestError: one is.
     """
     flat = x.ravel()
-    with np.errstate(over="ignore"):  # a sum of squares is faster than a look at each; too large, or NaN, it says nothing
-        squares = np.dot(flat, flat)
+    with np.errstate(over="ignore"):
+        squares = np.dot(flat, flat)  # faster than a look at each; too large, or NaN, it says nothing
     if not math.isfinite(squares) and bool(np.isinf(x).any()):
         raise RequestError("the input holds values that are infinite as FP32: send finite ones, or NaN for unknown")
     return x
