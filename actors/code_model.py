@@ -95,9 +95,11 @@ def _resolve(sealed: Envelope) -> Any:
         module = _from_source(sealed, module_name) if sealed.source else import_module(module_name)
         return getattr(module, name)
     except Exception as err:  # the user's module may raise anything
+        remedy = "mend it, and serve it again"
+        if isinstance(err, ModuleNotFoundError):
+            remedy = "install that module, or put it on PYTHONPATH before `raymill up`"
         raise ModelError(
-            f"{sealed.target} can not be imported by {sys.executable} ({type(err).__name__}: {err}): install its "
-            "module, or put it on PYTHONPATH before `raymill up`"
+            f"{sealed.target} can not be imported by {sys.executable} ({type(err).__name__}: {err}): {remedy}"
         ) from err
 
 

@@ -151,8 +151,12 @@ def test_code_that_does_not_fit_is_told_with_its_name():
     def packed(**what):
         return envelope.pack(Envelope(form="code", **what))
 
-    with pytest.raises(ModelError, match=r"absent:ask can not be imported"):
+    with pytest.raises(ModelError, match=r"absent:ask can not be imported .*: install that module"):
         model_files.load(packed(target="absent:ask"))
+    with pytest.raises(ModelError, match=r"m:ask can not be imported .*SyntaxError.*: mend it"):
+        model_files.load(packed(target="m:ask", source="def ask(x:"))
+    with pytest.raises(ModelError, match=r"m:task can not be imported .*AttributeError.*: mend it"):
+        model_files.load(packed(target="m:task", source="ask = sum"))
     with pytest.raises(ModelError, match=r"do not fit n:Net"):
         model_files.load(packed(target="n:Net", source=NET, payload=saved(torch.nn.Linear(3, 1))))
     with pytest.raises(ModelError, match="can not be called"):
