@@ -128,7 +128,7 @@ def _predict(spec: ModelSpec, key: str) -> dict[str, Any]:
         "tags": ["predict"],
         "summary": f"{spec.name}: `{spec.label}` of rows",
         "description": (
-            f"Looks the features up as of each row's moment, and asks the version that the row's id falls to. "
+            f"{_origin(spec)}, and asks the version that the row's id falls to. "
             f"At most {wire.MAX_REQUEST_ROWS:,} rows and {wire.MAX_BODY_BYTES >> 20} MiB. {_required_entities(spec)}"
         ).strip(),
         "parameters": [*parts.common_headers(), parts.at_header()],
@@ -154,6 +154,12 @@ def _predict(spec: ModelSpec, key: str) -> dict[str, Any]:
             **parts.refs_to_errors(_PREDICTING),
         },
     }
+
+
+def _origin(spec: ModelSpec) -> str:
+    if spec.plan is None:
+        return "Takes the inputs from each row, by name"
+    return "Looks the features up as of each row's moment"
 
 
 def _infer(spec: ModelSpec, key: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from raymill.actors import openapi, routes
+from raymill.actors.named_inputs import spec_alone
 from raymill.actors.rollout import ColumnForm
 from raymill.runtime.errors import ModelError
 from tests.unit.actors import serving_parts
@@ -113,6 +114,11 @@ def test_entities_that_must_be_known_are_told():
     plan = '{"views": [{"name": "z", "required": true, "entity": ["zone"]}, {"name": "r"}]}'
     told = openapi.document([model((1, "live", 1.0), plan=plan)])["paths"]["/predict/taxi"]["post"]["description"]
     assert "`zone` (view `z`) events must have been ingested" in told
+
+
+def test_a_model_without_features_is_not_said_to_look_them_up():
+    paths = openapi.document([spec_alone("alone", ("a", "b"), [])])["paths"]
+    assert paths["/predict/alone"]["post"]["description"].startswith("Takes the inputs from each row, by name")
 
 
 def test_every_path_of_the_endpoint_that_is_for_callers_is_described(document):
