@@ -16,7 +16,7 @@ The parts, each measured alone by `--only PART`:
   `serving_floor`) at half of its own, beyond which wrk is what can do no more: `floor_p99_at_load50`.
 - `grpc`: one row as raw data, sent by h2load, to ours and to Serve's own of both kinds.
 - `rows`: 64 rows a request as JSON and binary, by 8 clients, against the model called with 64 rows in a loop by one
-  thread (`in_process`).
+  thread (`in_process`): by what the replica itself calls (`rows64_vs_in_process`), and by XGBoost's `inplace_predict`.
 - `features`: `/predict/online` with the entities of a row, whose features the replica looks up (`serving_online`), by
   100 clients; `features_p99`: 50 ms over its p99, `features_rps_vs_vectors`: against ready vectors of the same model.
 
@@ -111,13 +111,19 @@ def measure_features(up: Up, folder: Path, seconds: float) -> Figures:
 
 
 def measure_in_process(folder: Path, seconds: float) -> Figures:
-    """The limit: 64 rows a call, one thread."""
+    """The limit: 64 rows a call, one thread; by the program that the replica asks, and by XGBoost's own call."""
+    import xgboost
+
     from raymill.actors.surroundings import load_program
 
-    predict = load_program((folder / "model.ubj").read_bytes())
+    file = folder / "model.ubj"
+    booster = xgboost.Booster({"nthread": 1}, model_file=file)
     x = np.random.default_rng(1).normal(size=(64, serving_bodies.WIDTH)).astype(np.float32)
-    calls = harness.best_of(lambda: predict(x), seconds=seconds)
-    return {"rows64_rows_per_s": 64 / calls["mean_s"], "rows64_p50_us": calls["p50_s"] * 1e6}
+    found: Figures = {}
+    for name, predict in (("rows64", load_program(file.read_bytes())), ("library", booster.inplace_predict)):
+        calls = harness.best_of(partial(predict, x), seconds=seconds)
+        found |= {f"{name}_rows_per_s": 64 / calls["mean_s"], f"{name}_p50_us": calls["p50_s"] * 1e6}
+    return found
 
 
 def enter_rps(outcome: Outcome, found: Measured, peers: Collection[str]) -> None:
@@ -136,6 +142,8 @@ def enter_grpc(outcome: Outcome, found: Measured, peers: Collection[str]) -> Non
 def enter_rows(outcome: Outcome, found: Measured, _: Collection[str]) -> None:
     binary = found.ratios("rows64_binary_rows_per_s", "ours", "in_process", their_figure="rows64_rows_per_s")
     compare(outcome, "rows64_vs_in_process", binary)
+    library = found.ratios("rows64_binary_rows_per_s", "ours", "in_process", their_figure="library_rows_per_s")
+    compare(outcome, "rows64_vs_library_in_process", library)
 
 
 def enter_load(outcome: Outcome, found: Measured, peers: Collection[str]) -> None:
