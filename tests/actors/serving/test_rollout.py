@@ -45,6 +45,7 @@ def test_a_version_that_does_not_load_takes_no_traffic(cluster):
     assert {str(v) for v, _ in load.answers.values()} == set(before) and "3" not in before
     deployed = endpoint.config()["applications"][0]["deployments"][0]["user_config"]
     assert deployed["models"]["taxi"]["versions"] == before
+    assert endpoint.remembered() == endpoint.models(), "not what would come back after a crash"
 
 
 def test_a_canary_whose_load_ends_the_process_ends_one_and_is_refused_and_live_goes_on(cluster):
@@ -60,7 +61,7 @@ def test_a_canary_whose_load_ends_the_process_ends_one_and_is_refused_and_live_g
     assert load.errors == []
     assert {v for v, _ in load.answers.values()} == {r.version for r in served.routes}
     assert len(list((home.loads / digests[3]).glob("*.loading"))) == 1, "more than one process began to load it"
-    assert endpoint.models() == [served]
+    assert endpoint.models() == endpoint.remembered() == [served]
 
 
 @pytest.fixture(scope="module")
