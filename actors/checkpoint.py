@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymill.runtime.errors import StoreError
+from raymill.runtime.whole_files import sync_folder
 
 _DTYPES = {
     "F64": "<f8",
@@ -117,11 +118,7 @@ class CheckpointFolder:
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self._folder)
 
     def read(self, training_id: str) -> bytes | None:
         """The newest checkpoint of a training; None if it has none."""

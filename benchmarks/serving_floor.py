@@ -1,8 +1,9 @@
 """What the serving benchmark's `load` part would find of a server that computes nothing: the floor of this machine.
 
-HAProxy of the build that Serve uses, with one thread and as we tune it, before a server that answers every request with
-the same bytes, on uvloop, at a Unix socket: load, proxy and server share the cores as with ours. Run as a program this
-file is that server (`python -m benchmarks.serving_floor SOCKET`), until its stdin closes.
+HAProxy of the build that Serve uses, with one thread, the buffer that we give it and whole requests alone, before a
+server that answers every request with the same bytes, on uvloop, at a Unix socket: load, proxy and server share the
+cores as with ours. Run as a program this file is that server (`python -m benchmarks.serving_floor SOCKET`), until its
+stdin closes.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ WHOLE_S = 20
 
 
 STREAMED_BYTES = 4 << 10
-"""Body of a request up to which it goes as a stream: larger ones take both sides longer in frames than in one piece."""
+"""Body of a request up to which it goes as a stream: bodies of 64 rows are answered no faster in frames."""
 _BESIDE = "-via-ingress-request-router"
 _SMALL = (
     "METH_POST { path_beg /predict/ /v2/models/ } { req.hdr(content-length) -m found } "

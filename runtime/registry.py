@@ -24,6 +24,7 @@ from typing import Any
 from raymill.runtime.errors import Conflict, StoreError, UnknownModel, UnknownVersion
 from raymill.runtime.ledger import Ledger
 from raymill.runtime.messages import Event, Manifest, ModelVersion, Stage
+from raymill.runtime.whole_files import sync_folder
 
 TRANSITIONS: dict[Stage, frozenset[Stage]] = {
     Stage.CANDIDATE: frozenset({Stage.CANARY, Stage.LIVE, Stage.REJECTED}),
@@ -238,7 +239,7 @@ class Registry:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, path)
-            _sync_folder(self._models)
+            sync_folder(self._models)
         except OSError as err:
             raise StoreError(f"program {path} can not be written: {err}; free some disk space") from err
         return digest
@@ -324,11 +325,3 @@ def _remember(db: sqlite3.Connection, row: tuple[str, int, Stage, str, float, in
 
 def _event(kind: str, model: str, version: int, now: float, at: int | None, data: dict[str, Any]) -> Event:
     return Event(kind=kind, subject=f"{model}/{version}", pipeline=model, at=at, wall_s=now, data=data)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -30,11 +30,16 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
         with suppress(OSError):
             fresh.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: else one may be the old file's after a crash."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)  # else the name may be the old one's after a crash
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_json(path: Path, document: Any) -> None:

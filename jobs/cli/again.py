@@ -1,4 +1,4 @@
-"""What a verb that has started a cluster does for those that crashed: models are served again."""
+"""Models that were served when a cluster crashed are served again, before a verb that needs the cluster goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def serve_again(session: Session) -> list[str]:
     """Names of the models that are served again, after a cluster of this home has ended without `raymill down`.
 
-    What can not be served again is said, and stays noted: it ends no verb that was asked for something else.
+    Nothing where anything is served. What can not be served again is said, and stays noted: it ends no verb that was
+    asked for something else.
     """
     if not session.home.served.exists():
         return []
@@ -26,7 +27,6 @@ def serve_again(session: Session) -> list[str]:
     from raymill.jobs.serving_alone import bring_back
     from raymill.runtime.spawn import on_head
 
-    err.print("serving again what was served before the crash", style="dim")
     try:
         with open_records():  # the replicas and the scheduler ask it
             endpoint = endpoint_of(session)
@@ -37,6 +37,8 @@ def serve_again(session: Session) -> list[str]:
     except RaymillError as fault:
         err.print(f"not served again ({fault.code}): {fault.message}; {fault.remedy}", soft_wrap=True)
         return []
+    for name in names:
+        err.print(f"{name} is served again, as before the crash", style="dim")
     for name in pipelines:
         err.print(f"{name} is a pipeline's: `raymill run` serves it again", style="dim")
     return names

@@ -63,8 +63,7 @@ def run_pipeline(declared: Pipeline, cluster: Path | None, keep: bool) -> tuple[
         try:
             with opened.stage("up"):
                 used = found or lifecycle.up(home, config, say=_say)
-                if ours:
-                    serve_again(used)
+                serve_again(used)
             summary, details = _loop(declared, used, config, opened)
         finally:
             if ours and not keep:

@@ -48,8 +48,7 @@ def serve(
         raise Conflict(f"the cluster that runs has its endpoint at {found.serve_url}: leave --port away")
     session = found or _start(port)
     try:
-        if found is None:
-            serve_again(session)
+        serve_again(session)
         version = _put_up(read, session, promote)
         document = describe(read, version, session.serve_url, with_key=session.keys is KeyPolicy.ALL)
         emit(document, as_json, lambda: _print(document, ends_here=found is None and not detach))

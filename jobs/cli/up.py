@@ -32,7 +32,7 @@ def up(
     """Start a cluster on this machine; one that runs already is left as it is."""
     if ports not in ("config", "auto"):
         raise SpecError(f"--ports is {ports!r}: say `config` or `auto`")
-    home, began, wall_s = current_home(), time.monotonic(), time.time()
+    home, began = current_home(), time.monotonic()
     certificate, private_key = (name and str(Path(name).absolute()) for name in (certificate, private_key))
     given = {"host": host, "certificate": certificate, "private_key": private_key, "require_key": require_key}
     wanted = load_config(config)
@@ -45,7 +45,7 @@ def up(
             serve=serve,
             say=lambda step: status.update(step),
         )
-    again = serve_again(found) if serve and found.started_s >= wall_s else []
+    again = serve_again(found) if serve else []
     document = {**found.document(), "served_again": again, "seconds": round(time.monotonic() - began, 1)}
 
     def human() -> None:
